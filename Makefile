@@ -1,0 +1,38 @@
+# make demo | test | lint | reproduce      everything is installed into .venv, once
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A new version pin or a new top-level package asks for a fresh install.
+PROJECT := pyproject.toml constraints.txt $(wildcard */__init__.py)
+
+.PHONY: demo test lint reproduce clean
+
+demo: $(VENV)/.torch
+	$(BIN)/twingrad demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+reproduce: $(VENV)/.dev
+	$(BIN)/python -m tests.figures
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: twingrad needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(PROJECT) | $(BIN)/python
+	$(INSTALL) --editable '.[torch]'
+	touch $@
+
+$(VENV)/.dev: $(PROJECT) | $(BIN)/python
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/.torch
