@@ -1,0 +1,1 @@
+"""One trainer for both engines: schedules, checkpoints, the log and its plot. Imports no torch."""
