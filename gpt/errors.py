@@ -26,6 +26,4 @@ def require(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise UserError(
-            f"this needs {package}, which is not installed: pip install 'twingrad[{extra}]'"
-        ) from error
+        raise UserError(f"this needs {package}, which is not installed: pip install 'twingrad[{extra}]'") from error

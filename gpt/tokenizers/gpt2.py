@@ -1,0 +1,49 @@
+"""GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2), through tiktoken.
+
+tiktoken downloads the vocabulary once; TIKTOKEN_CACHE_DIR names the folder where it keeps it, and with the files
+already there no network is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpt.errors import UserError
+from gpt.tokenizers.base import checked_ids, checked_special, utf8
+
+__all__ = ["GPT2Tokenizer"]
+
+
+class GPT2Tokenizer:
+    """50,257 tokens, the last <|endoftext|>. UserError when the vocabulary can be neither found nor fetched."""
+
+    name: str = "gpt2"
+    n_vocab: int = 50257
+    eot: int | None = 50256
+
+    def __init__(self) -> None:
+        import tiktoken  # 0.1 s, so only when it is asked for
+
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' exceptions are OSErrors too
+            raise UserError(
+                "cannot download the gpt2 tokenizer's vocabulary from openaipublic.blob.core.windows.net "
+                f"({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder where tiktoken once stored it"
+            ) from error
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        utf8(text)
+        return self._encoding.encode(text, allowed_special=checked_special(allowed_special), disallowed_special=())
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return self._encoding.decode_bytes(checked_ids(ids, self.n_vocab))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name}
