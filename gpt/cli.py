@@ -1,0 +1,110 @@
+"""The command line. One function a command; its docstring's first line is its help; what it needs it imports inside.
+
+A mistake of the user's is one line on stderr, `error: ...`, and exit status 2; a failed check is 1; Ctrl-C is 130.
+A traceback is printed only with TWINGRAD_TRACEBACK=1 in the environment.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from gpt import __version__
+from gpt.errors import UserError
+from gpt.options import did_you_mean, parse_config
+
+__all__ = ["COMMANDS", "main"]
+
+
+def check(argv: list[str]) -> int:
+    """Hold every layer and the whole model of both engines against each other and against the truth."""
+    from gpt.parity.cli import main
+
+    return main(argv)
+
+
+def train(argv: list[str]) -> None:
+    """Train a model on a text, on either engine."""
+    from gpt.train.config import RunConfig
+    from gpt.train.run import train
+
+    train(parse_config(RunConfig, argv, prog="twingrad train"))
+
+
+def generate(argv: list[str]) -> None:
+    """Continue a text with a trained model, on either engine."""
+
+
+def data(argv: list[str]) -> int:
+    """List the texts that can be trained on, and download them."""
+
+
+def doctor(argv: list[str]) -> int:
+    """Show versions and devices, what is missing, what that costs, and how to install it."""
+    from gpt.doctor import main
+
+    return main(argv)
+
+
+def demo(argv: list[str]) -> int:
+    """Check, then train the same small model on both engines from the same seed, and let each write."""
+    from gpt.demo import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    command.__name__: command for command in (check, train, generate, data, doctor, demo)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # so that a reader that has gone shows here
+        return status
+    except BrokenPipeError:  # as in `twingrad data list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + 2
+    except Exception as error:
+        if os.environ.get("TWINGRAD_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError | OSError) else 1
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"twingrad {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"twingrad has no command {argv[0]}{did_you_mean(argv[0], COMMANDS)} (see twingrad --help)")
+    return COMMANDS[argv[0]](argv[1:]) or 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: twingrad COMMAND [--help] [OPTIONS]", "", *rows, "", "twingrad --version prints the version."]
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        advice = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error.filename or 'writing'}: {error.strerror}{advice}"
+    return f"{type(error).__name__}: {text} (unexpected; TWINGRAD_TRACEBACK=1 in the environment shows where)"

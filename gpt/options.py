@@ -1,0 +1,246 @@
+"""A command's options from a dataclass: flags, a YAML file, and one clear line for what is wrong with them.
+
+    config = parse_config(RunConfig, argv, prog="twingrad train")
+
+A field is the flag of its name; a nested dataclass's field is one too (``--lr``), and under its full name where two groups
+share a name (``--optimizer.lr``). The string below a field is its help. ``--config run.yaml`` is read first and the other
+flags over it; ``--print_config`` prints all options as YAML that ``--config`` reads back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from gpt.errors import UserError
+
+__all__ = ["Parser", "did_you_mean", "from_dict", "parse_config", "read_yaml", "to_dict", "to_yaml"]
+
+Config = TypeVar("Config")
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean X?", or nothing where no choice is close."""
+    close = get_close_matches(name, list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse where a wrong argument is a UserError of one line, and no option may be abbreviated."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            kind = "option" if name.startswith("-") else "argument"
+            flags = self._option_string_actions if kind == "option" else ()
+            raise UserError(f"{self.prog} has no {kind} {name}{did_you_mean(name, flags)}")
+        return known
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """An instance of the dataclass `config_class` from a command's arguments; UserError where they make none."""
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--OPTION VALUE ...]",
+        description=inspect.getdoc(config_class),
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of these options, which flags override")
+    parser.add_argument("--print_config", action="store_true", help="print all options as YAML, and stop")
+    _add_flags(parser, config_class, argv)
+    flags = vars(parser.parse_args(argv))
+    file, print_config = flags.pop("config", None), flags.pop("print_config", False)
+    settings = read_yaml(file) if file else {}
+    for name, value in flags.items():
+        _set(settings, name.split("."), value)
+    try:
+        config = from_dict(config_class, settings)
+    except UserError as error:
+        raise UserError(f"{error} (with --config {file})" if file else str(error)) from None
+    if print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def from_dict(cls: type[Config], settings: Mapping[str, Any], prefix: str = "") -> Config:
+    """An instance of the dataclass `cls`, text converted to the fields' types. Raises UserError naming the field."""
+    hints = get_type_hints(cls)
+    for name in settings:
+        if name not in hints:
+            raise UserError(f"{prefix}{name}: no such option{did_you_mean(str(name), hints)}")
+    values = {name: _convert(f"{prefix}{name}", value, hints[name]) for name, value in settings.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, nested, as YAML and JSON can hold them; `from_dict` is the inverse."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The fields of a dataclass as YAML text, in their order."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises UserError naming the file and what is wrong with it."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict | None):
+        raise UserError(f"{path}: expected a YAML mapping of options, got a {type(settings).__name__}")
+    return settings or {}
+
+
+class _Option(NamedTuple):
+    name: str  # with its groups: "optimizer.lr"
+    hint: Any
+    default: Any
+    help: str
+
+
+def _options(cls: Any, prefix: str = "") -> Iterator[_Option]:
+    """The options of a dataclass, those of a nested one in its place."""
+    hints, helps = get_type_hints(cls), _field_docs(cls)
+    for field in dataclasses.fields(cls):
+        hint, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            yield from _options(hint, f"{name}.")
+        else:
+            yield _Option(name, hint, field.default, helps.get(field.name, ""))
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Field -> the string that stands below it in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
+
+
+def _add_flags(parser: Parser, config_class: type, argv: Sequence[str]) -> None:
+    """A flag for each option: its field's name where no other group has one, and its full name."""
+    options = list(_options(config_class))
+    uses = Counter(option.name.rpartition(".")[2] for option in options)
+    groups: dict[str, Any] = {}
+    for option in options:
+        title, _, field = option.name.rpartition(".")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title or config_class.__name__)
+        if get_origin(option.hint) is dict:
+            groups[title].add_argument(f"--{option.name}.FIELD", metavar="VALUE", help=option.help)
+            for flag in sorted({word.partition("=")[0] for word in argv if word.startswith(f"--{option.name}.")}):
+                parser.add_argument(flag, dest=flag[2:], type=_scalar, help=argparse.SUPPRESS)
+            continue
+        short = field if uses[field] == 1 else option.name
+        _add_flag(groups[title], short, option, option.help)
+        if short != option.name:
+            _add_flag(groups[title], option.name, option, argparse.SUPPRESS)
+
+
+def _add_flag(group: Any, flag: str, option: _Option, text: str) -> None:
+    default = (
+        "" if option.default in (None, dataclasses.MISSING) or text == argparse.SUPPRESS else f" [{option.default}]"
+    )
+    bare: dict[str, Any] = {"nargs": "?", "const": True} if option.hint is bool else {}
+    group.add_argument(
+        f"--{flag}", dest=option.name, metavar=_expected(option.hint), help=text.replace("%", "%%") + default, **bare
+    )
+
+
+def _set(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Put `value` at a path of nested mappings."""
+    for depth, name in enumerate(path[:-1]):
+        settings = settings.setdefault(name, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"{'.'.join(path[: depth + 1])}: expected a group of options, got {settings!r}")
+    settings[path[-1]] = value
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; text is converted, because flags are text and YAML reads 4e-4 as text."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(hint, value, f"{name}.")
+    if origin in (Union, types.UnionType):
+        if value is None or value in ("none", "null"):
+            return None
+        return _convert(name, value, next(choice for choice in choices if choice is not types.NoneType))
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and len(parts) == len(choices):
+            return tuple(_convert(name, part, choice) for part, choice in zip(parts, choices, strict=True))
+    elif origin is Literal:
+        if value in choices:
+            return value
+        raise UserError(f"{name}: expected {_expected(hint)}, got {value!r}{did_you_mean(str(value), choices)}")
+    elif origin is dict or hint in (bool, int, float, str):
+        given = _scalar(value) if isinstance(value, str) and hint is not str else value
+        if type(given) is (origin or hint):
+            return given
+        if hint is float and type(given) is int:
+            return float(given)
+    raise UserError(f"{name}: expected {_expected(hint)}, got {value!r}")
+
+
+def _scalar(text: str) -> Any:
+    """What a flag's text stands for: a truth value, a whole number, a number, or itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _expected(hint: Any) -> str:
+    """A type in words, for help and error messages."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, choices))
+    if origin in (Union, types.UnionType):
+        return "|".join("none" if choice is types.NoneType else _expected(choice) for choice in choices)
+    if origin is tuple:
+        return ",".join(map(_expected, choices))
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        return "a group of options"
+    return {bool: "true|false", int: "integer", float: "number", str: "text"}[hint]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is how YAML and JSON give them back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
