@@ -1,0 +1,207 @@
+"""What the trainer, the generator and the checks ask of an engine, and nothing else about it.
+
+An engine holds one model, its gradients and its optimizer. Everything passes this line as NumPy arrays, under the
+parameter names of `GPTConfig.parameter_shapes`, so that code above it never asks which engine it has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from gpt.errors import UserError
+from reference.config import GPTConfig
+
+Arrays = dict[str, np.ndarray]
+Noise = Callable[[int, int, tuple[int, ...], float], Any]  # (layer, site, shape, rate) -> noise, see reference/philox.py
+Trace = Callable[[str, np.ndarray], None]
+IGNORE = -100  # a target that does not count
+
+
+class Batch(NamedTuple):
+    """Examples to learn from: at each position the inputs so far, and the token that comes next."""
+
+    inputs: np.ndarray  # (B, T) int64
+    targets: np.ndarray  # (B, T) int64, IGNORE where nothing is to be predicted
+
+    @property
+    def counted(self) -> int:
+        """How many targets count in the mean loss."""
+        return int(np.count_nonzero(self.targets != IGNORE))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW's settings. `decay`: every parameter decays ("all"), or those of two or more axes ("matrices")."""
+
+    lr: float = 4e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: Literal["all", "matrices"] = "all"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"lr: expected a positive learning rate, got {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        if not self.eps > 0:
+            raise UserError(f"eps: expected a positive number, got {self.eps}")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay: expected a number of at least 0, got {self.weight_decay}")
+        if self.decay not in ("all", "matrices"):
+            raise UserError(f"decay: {self.decay!r} is not one of all, matrices")
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient that is infinite or not a number; the message names the first tensor where it shows."""
+
+
+class Engine(Protocol):
+    """One model, its gradients and its optimizer. Arrays that come out may share the engine's memory: copy to keep."""
+
+    name: str
+    config: GPTConfig
+
+    def loss(self, batch: Batch) -> float:
+        """Mean cross entropy over the counted targets, without dropout; 0 if none counts."""
+        ...
+
+    def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
+        """Add `weight` times the gradient of the mean loss; return that loss. `noise` None: without dropout."""
+        ...
+
+    def gradients(self) -> Arrays:
+        """What has been accumulated since the last step, by parameter name."""
+        ...
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of `gradients()`."""
+        ...
+
+    def step(self, lr: float, max_norm: float | None = None) -> float:
+        """Clip to `max_norm`, take an AdamW step, forget the gradients; return the norm before clipping."""
+        ...
+
+    def forget_gradients(self) -> None:
+        """Drop what has been accumulated: a step that will not be taken."""
+        ...
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (B, T) -> logits (B, V) of the token that comes next, without dropout."""
+        ...
+
+    def parameters(self) -> Arrays:
+        """All parameters by name."""
+        ...
+
+    def load_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+        """Replace all parameters; a missing, unknown or misshapen one is a UserError, and nothing has changed."""
+        ...
+
+    def optimizer_state(self) -> Arrays:
+        """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter, and "step", an int64 scalar."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Replace AdamW's memory; errors as in `load_parameters`."""
+        ...
+
+    def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:
+        """Call `trace(name, tensor)` with every tensor of a forward and backward pass, in the order of execution."""
+        ...
+
+
+def create_engine(
+    name: str,
+    config: GPTConfig,
+    params: Mapping[str, np.ndarray],
+    optimizer: OptimizerConfig | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    operators: str = "auto",
+) -> Engine:
+    """The engine "numpy" or "torch" holding a copy of `params`; "auto" is torch where it is installed.
+
+    `dtype` is float32 or float64. `device` and `operators` (see gpt/ops.py) choose where and on what the torch engine
+    runs; the NumPy engine runs on the CPU.
+    """
+    if dtype not in ("float32", "float64"):
+        raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
+    if name == "auto":
+        name = "torch" if importlib.util.find_spec("torch") else "numpy"
+    optimizer = optimizer or OptimizerConfig()
+    if name == "numpy":
+        if device not in ("auto", "cpu"):
+            raise UserError(f"device: the numpy engine runs on the cpu, not on {device!r}; choose --engine torch")
+        from gpt.numpy_engine import NumpyEngine
+
+        return NumpyEngine(config, params, optimizer, dtype)
+    if name == "torch":
+        from gpt.errors import require
+
+        require("torch", extra="torch")
+        from gpt.torch_engine import TorchEngine
+
+        return TorchEngine(config, params, optimizer, dtype, device, operators)
+    raise UserError(f"engine: {name!r} is not one of numpy, torch, auto")
+
+
+def check_tokens(tokens: np.ndarray, config: GPTConfig) -> None:
+    """Refuse what is not (B, T) integers of the vocabulary, T of at most the context length."""
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens: expected integers of shape (batch, time), got {tokens.dtype} {tokens.shape}")
+    if not 0 < tokens.shape[1] <= config.context_length:
+        raise UserError(f"tokens: expected 1 to {config.context_length} positions, got {tokens.shape[1]}")
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < config.vocab_size):
+        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)].flat[0]
+        raise UserError(f"tokens: id {wrong} is outside the vocabulary, expected 0 <= id < {config.vocab_size}")
+
+
+def check_batch(batch: Batch, config: GPTConfig) -> None:
+    """`check_tokens` for the inputs, and the same for the targets that count."""
+    check_tokens(batch.inputs, config)
+    if batch.targets.shape != batch.inputs.shape:
+        raise UserError(f"targets: expected the inputs' shape {batch.inputs.shape}, got {batch.targets.shape}")
+    counted = batch.targets[batch.targets != IGNORE]
+    if counted.size and not (0 <= counted.min() and counted.max() < config.vocab_size):
+        wrong = counted[(counted < 0) | (counted >= config.vocab_size)].flat[0]
+        raise UserError(f"targets: id {wrong} is outside the vocabulary, expected 0 <= id < {config.vocab_size}")
+
+
+def check_arrays(given: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a mapping whose names or shapes are not exactly these."""
+    missing = [name for name in shapes if name not in given]
+    unknown = [name for name in given if name not in shapes]
+    if missing or unknown:
+        listed = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(unknown)}"] * bool(unknown)
+        raise UserError(f"parameters do not fit the model: {'; '.join(listed)}")
+    for name, shape in shapes.items():
+        if tuple(given[name].shape) != tuple(shape):
+            raise UserError(f"{name}: expected shape {tuple(shape)}, got {tuple(given[name].shape)}")
+
+
+def optimizer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what `Engine.optimizer_state` holds."""
+    shapes = config.parameter_shapes()
+    return {"step": ()} | {f"{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}
+
+
+def first_non_finite(engine: Engine, batch: Batch, noise: Noise | None) -> str:
+    """The name of the first tensor of a pass, in execution order, that is not finite."""
+    found: list[str] = []
+
+    def look(name: str, tensor: np.ndarray) -> None:
+        if not found and not np.isfinite(tensor).all():
+            found.append(name)
+
+    for name, array in engine.parameters().items():
+        look(name, array)
+    with np.errstate(all="ignore"):
+        if not found:
+            engine.trace(batch, look, noise)
+    return found[0] if found else "loss"

@@ -1,0 +1,153 @@
+"""The GPT of `reference/model.py` as a PyTorch module: the same parameters by name, the same operations in order.
+
+Its operators come as a set (gpt/ops.py); which one is not asked here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt.ops import Operators, choose
+from reference import philox
+from reference.config import GPTConfig
+
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def _no_trace(name: str, tensor: torch.Tensor) -> None:
+    pass
+
+
+class Norm(nn.Module):
+    def __init__(self, config: GPTConfig, operators: Operators) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.emb_dim))
+        self.bias = nn.Parameter(torch.zeros(config.emb_dim)) if config.bias else None
+        self.operators, self.eps = operators, config.norm_eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operators.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
+        super().__init__()
+        emb, q_dim, kv_dim = config.emb_dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.query = nn.Linear(emb, q_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(emb, kv_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(emb, kv_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(q_dim, emb, bias=config.bias)
+        self.config, self.operators, self.layer = config, operators, layer
+
+    def forward(self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace) -> torch.Tensor:
+        B, T, _ = x.shape
+        rate, name = self.config.attn_dropout, f"blocks.{self.layer}.attn"
+        heads = []
+        for part in ("query", "key", "value"):
+            y = getattr(self, part)(x)
+            trace(f"{name}.{part}", y)
+            heads.append(y.view(B, T, -1, self.config.head_dim).transpose(1, 2))  # (B, H, T, D)
+        here = noise(self.layer, philox.ATTENTION, (B, self.config.n_heads, T, T), rate) if rate and noise else None
+        y = self.operators.attention(*heads, True, None, rate, here)
+        trace(f"{name}.heads", y)
+        y = self.out(y.transpose(1, 2).reshape(B, T, -1))
+        trace(f"{name}.out", y)
+        return y
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
+        self.down = nn.Linear(config.mlp_dim, config.emb_dim, bias=config.bias)
+        self.approximate, self.operators, self.layer = GELU[config.mlp], operators, layer
+
+    def forward(self, x: torch.Tensor, trace: Any = _no_trace) -> torch.Tensor:
+        name = f"blocks.{self.layer}.mlp"
+        x = self.up(x)
+        trace(f"{name}.up", x)
+        x = self.operators.gelu(x, self.approximate)
+        trace(f"{name}.act", x)
+        x = self.down(x)
+        trace(f"{name}.down", x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
+        super().__init__()
+        self.norm1 = Norm(config, operators)
+        self.attn = Attention(config, operators, layer)
+        self.norm2 = Norm(config, operators)
+        self.mlp = MLP(config, operators, layer)
+        self.rate, self.operators, self.layer = config.shortcut_dropout, operators, layer
+
+    def forward(self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace) -> torch.Tensor:
+        name = f"blocks.{self.layer}"
+        y = self.norm1(x)
+        trace(f"{name}.norm1", y)
+        y = self.drop(f"{name}.attn.dropout", philox.ATTENTION_SHORTCUT, self.attn(y, noise, trace), noise, trace)
+        x = x + y
+        trace(f"{name}.shortcut1", x)
+        y = self.norm2(x)
+        trace(f"{name}.norm2", y)
+        y = self.drop(f"{name}.mlp.dropout", philox.MLP_SHORTCUT, self.mlp(y, trace), noise, trace)
+        x = x + y
+        trace(f"{name}.shortcut2", x)
+        return x
+
+    def drop(self, name: str, site: int, x: torch.Tensor, noise: Any, trace: Any) -> torch.Tensor:
+        if not self.rate or noise is None:
+            return x
+        x = self.operators.dropout(x, self.rate, noise(self.layer, site, tuple(x.shape), self.rate))
+        trace(name, x)
+        return x
+
+
+class GPT(nn.Module):
+    """`GPTConfig.parameter_shapes` are this module's `state_dict`, in the same order."""
+
+    def __init__(self, config: GPTConfig, operators: str = "auto") -> None:
+        super().__init__()
+        self.config, self.operators = config, choose(operators)
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.blocks = nn.ModuleList(Block(config, self.operators, i) for i in range(config.n_layers))
+        self.final_norm = Norm(config, self.operators)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=config.head_bias)
+
+    def forward(
+        self, tokens: torch.Tensor, noise: Any = None, trace: Any = _no_trace, positions: slice = slice(None)
+    ) -> torch.Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V), or those of `positions`.
+
+        `noise(layer, site, shape, rate)` gives the noise of a dropout site (reference/philox.py), None: no dropout.
+        `trace(name, tensor)` is called with each tensor in execution order.
+        """
+        tok, pos = self.tok_emb(tokens), self.pos_emb(torch.arange(tokens.shape[1], device=tokens.device))
+        trace("tok_emb", tok)
+        trace("pos_emb", pos)
+        x = tok + pos
+        trace("emb", x)
+        rate = self.config.emb_dropout
+        if rate and noise is not None:
+            x = self.operators.dropout(x, rate, noise(0, philox.EMBEDDING, tuple(x.shape), rate))
+            trace("emb.dropout", x)
+        for block in self.blocks:
+            x = block(x, noise, trace)
+        x = self.final_norm(x[:, positions])
+        trace("final_norm", x)
+        if self.config.tie_embeddings:
+            x = nn.functional.linear(x, self.tok_emb.weight)
+        else:
+            x = self.head(x)
+        trace("head", x)
+        return x
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, noise: Any = None) -> torch.Tensor:
+        """tokens and targets (B, T) -> mean cross entropy of the targets that are not -100."""
+        return self.operators.cross_entropy(self(tokens, noise), targets)

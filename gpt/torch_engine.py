@@ -1,0 +1,138 @@
+"""The engine on PyTorch: autograd, the operators of gpt/ops.py, PyTorch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from gpt import engine as face
+from gpt.devices import available_devices
+from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Trace
+from gpt.errors import UserError
+from gpt.model import GPT
+from reference.config import GPTConfig
+
+
+class TorchEngine:
+    """See gpt.engine.Engine."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        params: Mapping[str, np.ndarray],
+        optimizer: OptimizerConfig,
+        dtype: str = "float32",
+        device: str = "auto",
+        operators: str = "auto",
+    ) -> None:
+        self.config = config
+        self.device = _device(device)
+        with torch.device("meta"):
+            model = GPT(config, operators)
+        self.model = model.to_empty(device=self.device).to(getattr(torch, dtype))
+        self._params = dict(self.model.named_parameters())
+        self.load_parameters(params)
+        matrices = [p for p in self._params.values() if p.ndim >= 2 or optimizer.decay == "all"]
+        others = [p for p in self._params.values() if p.ndim < 2 and optimizer.decay != "all"]
+        groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}]
+        if others:
+            groups.append({"params": others, "weight_decay": 0.0})
+        self._optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+
+    def loss(self, batch: Batch) -> float:
+        face.check_batch(batch, self.config)
+        with torch.no_grad():
+            return float(self.model.loss(*self._to_device(batch)))
+
+    def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
+        face.check_batch(batch, self.config)
+        loss = self.model.loss(*self._to_device(batch), noise)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"loss is {loss.item()}, first in {face.first_non_finite(self, batch, noise)}")
+        (loss * weight).backward()
+        return loss.item()
+
+    def gradients(self) -> Arrays:
+        return {name: p.grad.cpu().numpy() for name, p in self._params.items() if p.grad is not None}
+
+    def gradient_norm(self) -> float:
+        grads = [p.grad for p in self._params.values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads).item()
+
+    def step(self, lr: float, max_norm: float | None = None) -> float:
+        grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        total = torch.nn.utils.get_total_norm(grads.values())
+        norm = total.item()
+        if not np.isfinite(norm):
+            wrong = [name for name, gradient in grads.items() if not torch.isfinite(gradient).all()]
+            raise NonFiniteError(f"the gradient's norm is {norm}, first in {wrong[0] if wrong else 'its sum of squares'}")
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._params.values(), max_norm, total)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self.forget_gradients()
+        return norm
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad()
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        face.check_tokens(tokens, self.config)
+        with torch.no_grad():
+            logits = self.model(torch.from_numpy(tokens.astype(np.int64)).to(self.device), positions=slice(-1, None))
+        return logits[:, 0].cpu().numpy()
+
+    def parameters(self) -> Arrays:
+        return {name: p.detach().cpu().numpy() for name, p in self._params.items()}
+
+    def load_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+        face.check_arrays(params, self.config.parameter_shapes())
+        with torch.no_grad():
+            for name, p in self._params.items():
+                p.copy_(torch.from_numpy(np.require(params[name], requirements=["C", "W"])))
+
+    def optimizer_state(self) -> Arrays:
+        state: Arrays = {"step": np.array(0, np.int64)}
+        for name, p in self._params.items():
+            of_parameter = self._optimizer.state.get(p, {})
+            for moment, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                state[f"{moment}.{name}"] = of_parameter.get(key, torch.zeros_like(p)).detach().cpu().numpy()
+            if of_parameter:
+                state["step"] = np.array(int(of_parameter["step"]), np.int64)
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+        face.check_arrays(state, face.optimizer_shapes(self.config))
+        for name, p in self._params.items():
+            m, v = (torch.tensor(state[f"{moment}.{name}"], dtype=p.dtype, device=p.device) for moment in "mv")
+            step = torch.tensor(float(state["step"]))
+            self._optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+
+    def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:
+        def note(name: str, tensor: torch.Tensor) -> None:
+            trace(name, tensor.detach().cpu().numpy())
+            tensor.register_hook(lambda gradient: trace(f"d.{name}", gradient.cpu().numpy()))
+
+        inputs, targets = self._to_device(batch)
+        logits = self.model(inputs, noise, note)
+        loss = self.model.operators.cross_entropy(logits, targets)
+        trace("loss", loss.detach().cpu().numpy())
+        torch.autograd.grad(loss, list(self._params.values()))
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = (torch.from_numpy(np.asarray(array, np.int64)).to(self.device) for array in batch)
+        return inputs, targets
+
+
+def _device(name: str) -> torch.device:
+    available = available_devices(torch)
+    if name == "auto":
+        return torch.device(available[0])
+    if name.split(":")[0] not in available:
+        raise UserError(f"device: {name!r} is not available here, choose from {', '.join(available)}")
+    return torch.device(name)

@@ -1,0 +1,175 @@
+"""The architecture of a GPT, as data: one frozen dataclass for every model, and presets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+CHOICES = {
+    "norm": ("layer_norm",),
+    "mlp": ("gelu_tanh", "gelu"),
+    "position": ("learned",),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and choices of one model. An impossible combination raises ValueError with the field's name.
+
+    `n_kv_heads`, `head_dim` and `mlp_dim` may be left 0: they become `n_heads`, `emb_dim // n_heads` and `4 * emb_dim`.
+    """
+
+    vocab_size: int
+    context_length: int
+    emb_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int = 0  # fewer than n_heads: grouped-query attention
+    head_dim: int = 0  # n_heads * head_dim need not equal emb_dim
+    mlp_dim: int = 0
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-5
+    mlp: str = "gelu_tanh"
+    position: str = "learned"
+    qkv_bias: bool = False
+    bias: bool = True  # of the output projection, the MLP and the norms
+    head_bias: bool = False
+    tie_embeddings: bool = False  # the output head is the token embedding
+    emb_dropout: float = 0.0
+    shortcut_dropout: float = 0.0
+    attn_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "emb_dim", "n_layers", "n_heads"):
+            self._require_int(name, at_least=1)
+        for name in ("n_kv_heads", "head_dim", "mlp_dim"):
+            self._require_int(name, at_least=0)
+        if not self.head_dim and self.emb_dim % self.n_heads:
+            raise ValueError(
+                f"n_heads: {self.n_heads} does not divide emb_dim {self.emb_dim}; choose one that does, or set head_dim"
+            )
+        for name, value in self._derived().items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("qkv_bias", "bias", "head_bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not true or false")
+        for name in ("emb_dropout", "shortcut_dropout", "attn_dropout"):
+            rate = getattr(self, name)
+            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+                raise ValueError(f"{name}: {rate!r} is not a rate, 0 <= rate < 1")
+        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps: {self.norm_eps!r} is not a positive number")
+        if self.tie_embeddings and self.head_bias:
+            raise ValueError("head_bias: a head tied to the token embedding has no bias")
+
+    def _require_int(self, name: str, at_least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            raise ValueError(f"{name}: {value!r} is not a whole number of at least {at_least}")
+
+    def _derived(self) -> dict[str, int]:
+        """What a size that was left 0 becomes."""
+        return {
+            "n_kv_heads": self.n_heads,
+            "head_dim": self.emb_dim // self.n_heads,
+            "mlp_dim": 4 * self.emb_dim,
+        }
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> GPTConfig:
+        """The config with these fields. `drop_rate`, the book's single rate, stands in for each rate not given."""
+        settings = dict(settings)
+        if "drop_rate" in settings:
+            rate = settings.pop("drop_rate")
+            for name in ("emb_dropout", "shortcut_dropout", "attn_dropout"):
+                settings.setdefault(name, rate)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in fields:
+                close = get_close_matches(name, fields, n=1)
+                raise ValueError(
+                    f"{name}: no such field of a GPTConfig" + (f"; did you mean {close[0]}?" if close else "")
+                )
+        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in settings]
+        if missing:
+            raise ValueError(f"{missing[0]}: not given, and it has no default")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> GPTConfig:
+        """This config with some fields changed. A size that was derived from a changed one follows it."""
+        derived = {name: 0 for name, value in self._derived().items() if getattr(self, name) == value}
+        return GPTConfig.from_dict({**self.to_dict(), **derived, **changes})
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter, in the order the forward pass meets them. Weights are (out, in)."""
+        emb, q_dim, kv_dim = self.emb_dim, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "tok_emb.weight": (self.vocab_size, emb),
+            "pos_emb.weight": (self.context_length, emb),
+        }
+
+        def linear(name: str, d_out: int, d_in: int, bias: bool) -> None:
+            shapes[f"{name}.weight"] = (d_out, d_in)
+            if bias:
+                shapes[f"{name}.bias"] = (d_out,)
+
+        def norm(name: str) -> None:
+            shapes[f"{name}.weight"] = (emb,)
+            if self.bias:
+                shapes[f"{name}.bias"] = (emb,)
+
+        for i in range(self.n_layers):
+            block = f"blocks.{i}"
+            norm(f"{block}.norm1")
+            linear(f"{block}.attn.query", q_dim, emb, self.qkv_bias)
+            linear(f"{block}.attn.key", kv_dim, emb, self.qkv_bias)
+            linear(f"{block}.attn.value", kv_dim, emb, self.qkv_bias)
+            linear(f"{block}.attn.out", emb, q_dim, self.bias)
+            norm(f"{block}.norm2")
+            linear(f"{block}.mlp.up", self.mlp_dim, emb, self.bias)
+            linear(f"{block}.mlp.down", emb, self.mlp_dim, self.bias)
+        norm("final_norm")
+        if not self.tie_embeddings:
+            linear("head", self.vocab_size, emb, self.head_bias)
+        return shapes
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the parameters hold. A tied head counts once."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+
+def _gpt2(emb_dim: int, n_layers: int, n_heads: int) -> GPTConfig:
+    return GPTConfig(50257, 1024, emb_dim, n_layers, n_heads, qkv_bias=True, tie_embeddings=True)
+
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt2-small": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    # The book's model before it loads GPT-2's weights: its head is not tied, its attention has no biases.
+    "book-124m": GPTConfig(
+        50257, 1024, 768, 12, 12, emb_dropout=0.1, shortcut_dropout=0.1, attn_dropout=0.1
+    ),
+    # A course's model: 7 heads of 54 in 384 dimensions, a six-fold MLP, biases everywhere.
+    "course-gpt": GPTConfig(
+        4096, 512, 384, 7, 7, head_dim=54, mlp_dim=6 * 384, qkv_bias=True, head_bias=True,
+        emb_dropout=0.05, shortcut_dropout=0.05, attn_dropout=0.05,
+    ),
+    "bytes-small": GPTConfig(257, 256, 128, 4, 4, qkv_bias=True, tie_embeddings=True),
+    "bytes-tiny": GPTConfig(257, 64, 48, 2, 3, qkv_bias=True, tie_embeddings=True),
+}

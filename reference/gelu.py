@@ -1,0 +1,117 @@
+"""Gaussian error linear unit (Hendrycks and Gimpel 2016), exact or with GPT-2's tanh in place of the error function.
+
+exact      y = x P(x)                 P(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution's cumulative function
+           dx = dy (P + x exp(-x^2 / 2) / sqrt(2 pi))
+tanh       y = x (1 + t) / 2          t = tanh(c (x + a x^3)),  c = sqrt(2 / pi),  a = 0.044715
+           dx = dy ((1 + t) / 2 + x (1 - t^2) c (1 + 3 a x^2) / 2)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from reference import pieces
+
+C = math.sqrt(2 / math.pi)
+A = 0.044715
+
+
+def forward(x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray, Any]:
+    """x (..., R, C), approximate "none" or "tanh" -> y like x, saved."""
+    if approximate not in _FORWARD:
+        raise ValueError(f"approximate: {approximate!r} is not one of none, tanh")
+    x = np.ascontiguousarray(x)
+    y, gate = np.empty_like(x), np.empty_like(x)  # y = x gate
+    pieces.run(_FORWARD[approximate], *map(_rows, (x, gate, y)))
+    return y, (x, gate, approximate)
+
+
+def backward(dy: np.ndarray, saved: Any) -> np.ndarray:
+    """dy (..., R, C) -> dx like dy."""
+    x, gate, approximate = saved
+    dy = np.ascontiguousarray(dy)
+    dx = np.empty_like(dy)
+    pieces.run(_BACKWARD[approximate], *map(_rows, (dy, x, gate, dx)))
+    return dx
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+
+
+def _tanh_forward(x: np.ndarray, gate: np.ndarray, y: np.ndarray) -> None:
+    np.multiply(x, x, out=gate)
+    gate *= C * A
+    gate += C
+    gate *= x
+    np.tanh(gate, out=gate)  # t
+    gate += 1
+    gate *= 0.5
+    np.multiply(x, gate, out=y)
+
+
+def _tanh_backward(dy: np.ndarray, x: np.ndarray, gate: np.ndarray, dx: np.ndarray) -> None:
+    # With gate = (1 + t) / 2, (1 - t^2) / 2 = 2 gate (1 - gate).
+    np.multiply(x, x, out=dx)
+    dx *= 6 * A * C
+    dx += 2 * C
+    dx *= x
+    dx *= 1 - gate
+    dx += 1
+    dx *= gate
+    dx *= dy
+
+
+def _exact_forward(x: np.ndarray, gate: np.ndarray, y: np.ndarray) -> None:
+    gate[:] = normal_cdf(x)
+    np.multiply(x, gate, out=y)
+
+
+def _exact_backward(dy: np.ndarray, x: np.ndarray, gate: np.ndarray, dx: np.ndarray) -> None:
+    np.multiply(x, x, out=dx)
+    dx *= -0.5
+    np.exp(dx, out=dx)
+    dx *= 1 / math.sqrt(2 * math.pi)
+    dx *= x
+    dx += gate
+    dx *= dy
+
+
+_FORWARD = {"none": _exact_forward, "tanh": _tanh_forward}
+_BACKWARD = {"none": _exact_backward, "tanh": _tanh_backward}
+
+
+def normal_cdf(x: np.ndarray) -> np.ndarray:
+    """P(x) = erfc(-x / sqrt 2) / 2 to the last few digits of x's dtype, as NumPy has no error function.
+
+    erfc(z) = exp(-z^2) f(t) with t = 2 / (2 + z), z >= 0, and f is smooth: a Chebyshev series in t gives it. Its
+    coefficients are computed below from the standard library's scalar erfc, so that there is no table to mistype.
+    """
+    z = np.abs(x) * (1 / math.sqrt(2))
+    u = 2 / (2 + np.minimum(z, _Z_MAX))  # t, in [_T_MIN, 1]
+    u -= (1 + _T_MIN) / 2
+    u *= 2 / (1 - _T_MIN)  # in [-1, 1]
+    series = _SERIES[:11] if x.dtype == np.float32 else _SERIES
+    b, b_next = np.zeros_like(z), np.zeros_like(z)  # Clenshaw's recurrence
+    for coefficient in series[:0:-1]:
+        b, b_next = 2 * u * b - b_next + coefficient, b
+    tail = (u * b - b_next + series[0]) * np.exp(-z * z) * 0.5  # P(-|x|)
+    return np.where(x > 0, 1 - tail, tail)
+
+
+_Z_MAX = 10.0  # beyond it exp(-z^2) < 1e-43 leaves nothing to be right about
+_T_MIN = 2 / (2 + _Z_MAX)
+
+
+def _chebyshev_series(n: int) -> list[float]:
+    angles = [math.pi * (k + 0.5) / n for k in range(n)]
+    zs = [2 / ((1 + _T_MIN + (1 - _T_MIN) * math.cos(angle)) / 2) - 2 for angle in angles]
+    values = [math.erfc(z) * math.exp(z * z) for z in zs]
+    sums = [2 / n * sum(f * math.cos(j * a) for f, a in zip(values, angles, strict=True)) for j in range(n)]
+    return [sums[0] / 2, *sums[1:]]
+
+
+_SERIES = _chebyshev_series(21)

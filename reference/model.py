@@ -1,0 +1,211 @@
+"""GPT: tokens in, logits out, and the way back, layer by layer.
+
+A block (pre-norm, Radford et al. 2019, section 2.3):    x = x + attn(norm1(x))      x = x + mlp(norm2(x))
+
+Where a value is used twice its gradients add up: at the shortcuts, and in an embedding table that is the head as well.
+Parameters are a flat mapping from name to array; `forward` keeps what each operation saved under that operation's name,
+and `backward` takes it from there, in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from reference import attention, cross_entropy, dropout, embedding, gelu, init, layer_norm, linear, philox
+from reference.config import GPTConfig
+from reference.torch_rng import Generator
+
+Arrays = dict[str, np.ndarray]
+Trace = Callable[[str, np.ndarray], None]  # called with each tensor, in execution order
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def forward(
+    params: Arrays,
+    config: GPTConfig,
+    tokens: np.ndarray,
+    noise: Callable[..., Any] | None = None,
+    trace: Trace | None = None,
+    positions: slice = slice(None),
+    keep: bool = True,
+) -> tuple[np.ndarray, Any]:
+    """tokens (B, T) of integers -> logits (B, T, V), saved.
+
+    `noise(layer, site, shape, rate)` gives the noise of a dropout site, see philox.PhiloxNoise; None: no dropout.
+    `positions`: those whose logits are wanted, such as slice(-1, None) to predict the next token.
+    `keep` False: nothing is saved for a gradient, and memory is free again as soon as a layer is done with it.
+    """
+    B, T = tokens.shape
+    if T > config.context_length:
+        raise ValueError(f"tokens: {T} positions, more than the context length of {config.context_length}")
+    saved: dict[str, Any] = {}
+
+    def note(name: str, y: np.ndarray) -> np.ndarray:
+        if trace:
+            trace(name, y)
+        return y
+
+    def run(name: str, layer: Any, *arguments: Any) -> np.ndarray:
+        y, of_layer = layer.forward(*arguments)
+        if keep:
+            saved[name] = of_layer
+        return note(name, y)
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return run(name, layer_norm, x, params[f"{name}.weight"], params.get(f"{name}.bias"), config.norm_eps)
+
+    def project(name: str, x: np.ndarray) -> np.ndarray:
+        return run(name, linear, x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+
+    def drop(name: str, layer: int, site: int, rate: float, x: np.ndarray) -> np.ndarray:
+        if not rate or noise is None:
+            return x
+        return run(name, dropout, x, rate, noise(layer, site, x.shape, rate))
+
+    def heads(x: np.ndarray) -> np.ndarray:
+        return x.reshape(B, T, -1, config.head_dim).transpose(0, 2, 1, 3)  # (B, H, T, D)
+
+    def attend(i: int, x: np.ndarray) -> np.ndarray:
+        name, rate = f"blocks.{i}.attn", config.attn_dropout
+        q, k, v = (heads(project(f"{name}.{part}", x)) for part in ("query", "key", "value"))
+        here = noise(i, philox.ATTENTION, (B, config.n_heads, T, T), rate) if rate and noise else None
+        y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
+        y = project(f"{name}.out", y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return drop(f"{name}.dropout", i, philox.ATTENTION_SHORTCUT, config.shortcut_dropout, y)
+
+    def feed_forward(i: int, x: np.ndarray) -> np.ndarray:
+        name = f"blocks.{i}.mlp"
+        x = run(f"{name}.act", gelu, project(f"{name}.up", x), GELU[config.mlp])
+        return drop(f"{name}.dropout", i, philox.MLP_SHORTCUT, config.shortcut_dropout, project(f"{name}.down", x))
+
+    x = run("tok_emb", embedding, tokens, params["tok_emb.weight"])
+    x = note("emb", x + run("pos_emb", embedding, np.arange(T), params["pos_emb.weight"]))
+    x = drop("emb.dropout", 0, philox.EMBEDDING, config.emb_dropout, x)
+    for i in range(config.n_layers):
+        x = note(f"blocks.{i}.shortcut1", x + attend(i, norm(f"blocks.{i}.norm1", x)))
+        x = note(f"blocks.{i}.shortcut2", x + feed_forward(i, norm(f"blocks.{i}.norm2", x)))
+    x = norm("final_norm", x[:, positions])
+    head = params["tok_emb.weight" if config.tie_embeddings else "head.weight"]
+    return run("head", linear, x, head, params.get("head.bias")), (config, saved, positions, (B, T))
+
+
+def backward(
+    dlogits: np.ndarray,
+    saved: Any,
+    grads: Arrays | None = None,
+    spare: Arrays | None = None,
+    trace: Trace | None = None,
+) -> Arrays:
+    """dlogits like the logits -> gradients by parameter name, added to `grads` if given.
+
+    `spare`: arrays by parameter name whose contents are no longer needed; a weight's gradient is written there rather
+    than to fresh memory. Each is taken out of the mapping when it is used.
+    """
+    config, saved, positions, (B, T) = saved
+    grads = {} if grads is None else grads
+    spare = {} if spare is None else spare
+
+    def note(name: str, dy: np.ndarray) -> np.ndarray:
+        if trace:
+            trace(f"d.{name}", dy)
+        return dy
+
+    def add(name: str, gradient: np.ndarray | None) -> None:
+        if gradient is not None:
+            if name in grads:
+                grads[name] += gradient
+            else:
+                grads[name] = gradient
+
+    def norm(name: str, dy: np.ndarray) -> np.ndarray:
+        dx, dweight, dbias = layer_norm.backward(note(name, dy), saved[name])
+        add(f"{name}.weight", dweight)
+        add(f"{name}.bias", dbias)
+        return dx
+
+    def project(name: str, dy: np.ndarray, weight: str = "") -> np.ndarray:
+        weight = weight or f"{name}.weight"
+        out = None if weight in grads else spare.pop(weight, None)
+        dx, dweight, dbias = linear.backward(note(name, dy), saved[name], out)
+        add(weight, dweight)
+        add(f"{name}.bias", dbias)
+        return dx
+
+    def embed(name: str, dy: np.ndarray) -> None:
+        weight = f"{name}.weight"
+        if weight not in grads and weight in spare:
+            grads[weight] = spare.pop(weight)
+            grads[weight].fill(0)
+        grads[weight] = embedding.backward(note(name, dy), saved[name], grads.get(weight))
+
+    def drop(name: str, dy: np.ndarray) -> np.ndarray:
+        return dropout.backward(note(name, dy), saved[name]) if name in saved else dy
+
+    def attend(i: int, dy: np.ndarray) -> np.ndarray:
+        name = f"blocks.{i}.attn"
+        dy = project(f"{name}.out", drop(f"{name}.dropout", dy))
+        dy = note(f"{name}.heads", dy.reshape(B, T, -1, config.head_dim).transpose(0, 2, 1, 3))
+        dqkv = attention.backward(dy, saved[f"{name}.heads"])
+        dq, dk, dv = (part.transpose(0, 2, 1, 3).reshape(B, T, -1) for part in dqkv)
+        dx = project(f"{name}.value", dv)
+        dx += project(f"{name}.key", dk)
+        dx += project(f"{name}.query", dq)
+        return dx
+
+    def feed_forward(i: int, dy: np.ndarray) -> np.ndarray:
+        name = f"blocks.{i}.mlp"
+        dy = project(f"{name}.down", drop(f"{name}.dropout", dy))
+        return project(f"{name}.up", gelu.backward(note(f"{name}.act", dy), saved[f"{name}.act"]))
+
+    dx = norm("final_norm", project("head", dlogits, "tok_emb.weight" if config.tie_embeddings else "head.weight"))
+    if dx.shape[1] < T:
+        dx_chosen, dx = dx, np.zeros((B, T, dx.shape[2]), dx.dtype)
+        dx[:, positions] = dx_chosen
+    for i in reversed(range(config.n_layers)):
+        note(f"blocks.{i}.shortcut2", dx)
+        dx += norm(f"blocks.{i}.norm2", feed_forward(i, dx))
+        note(f"blocks.{i}.shortcut1", dx)
+        dx += norm(f"blocks.{i}.norm1", attend(i, dx))
+    dx = note("emb", drop("emb.dropout", dx))
+    embed("pos_emb", dx.sum(axis=0))
+    embed("tok_emb", dx)
+    return grads
+
+
+class GPT:
+    """A model to hold in the hand: a config and its parameters, a flat mapping from name to array."""
+
+    def __init__(self, config: GPTConfig, params: Arrays) -> None:
+        shapes = config.parameter_shapes()
+        for name, shape in shapes.items():
+            if name not in params:
+                raise ValueError(f"params: {name} is missing")
+            if params[name].shape != shape:
+                raise ValueError(f"params: {name} has shape {params[name].shape}, expected {shape}")
+        if extra := sorted(set(params) - set(shapes)):
+            raise ValueError(f"params: {extra[0]} is not a parameter of this model")
+        self.config, self.params = config, params
+
+    @classmethod
+    def seeded(cls, config: GPTConfig, seed: int, scheme: str = "book") -> GPT:
+        """A model with the initial weights that PyTorch would draw from this seed, see init.py."""
+        return cls(config, init.initialize(config, Generator(seed), scheme))
+
+    def __call__(self, tokens: np.ndarray, noise: Callable[..., Any] | None = None) -> np.ndarray:
+        """tokens (B, T) -> logits (B, T, V)."""
+        return forward(self.params, self.config, tokens, noise, keep=False)[0]
+
+    def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
+        """tokens and targets (B, T) -> mean cross entropy of the targets that are not -100."""
+        return float(cross_entropy.forward(self(tokens), targets)[0])
+
+    def loss_and_gradients(
+        self, tokens: np.ndarray, targets: np.ndarray, noise: Callable[..., Any] | None = None
+    ) -> tuple[float, Arrays]:
+        """tokens and targets (B, T) -> loss, and its gradient by parameter name."""
+        logits, saved = forward(self.params, self.config, tokens, noise)
+        loss, saved_loss = cross_entropy.forward(logits, targets)
+        return float(loss), backward(cross_entropy.backward(1.0, saved_loss), saved)
