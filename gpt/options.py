@@ -2,9 +2,9 @@
 
     config = parse_config(RunConfig, argv, prog="twingrad train")
 
-A field is the flag of its name; a nested dataclass's field is one too (``--lr``), and under its full name where two groups
-share a name (``--optimizer.lr``). The string below a field is its help. ``--config run.yaml`` is read first and the other
-flags over it; ``--print_config`` prints all options as YAML that ``--config`` reads back.
+A field is the flag of its name. One in a nested dataclass has a full name, ``--optimizer.lr``, and a short one, ``--lr``,
+where no other group uses it. The string below a field is its help. ``--config run.yaml`` is read first, wherever it
+stands, and the other flags over it; ``--print_config`` prints all options as YAML that ``--config`` reads back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """argparse where a wrong argument is a UserError of one line, and no option may be abbreviated."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **settings)
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -140,12 +140,13 @@ def _options(cls: Any, prefix: str = "") -> Iterator[_Option]:
 
 def _field_docs(cls: type) -> dict[str, str]:
     """Field -> the string that stands below it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: " ".join(doc.value.value.split())
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-    }
+    definition: Any = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    docs = {}
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
 def _add_flags(parser: Parser, config_class: type, argv: Sequence[str]) -> None:
@@ -187,30 +188,30 @@ def _set(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
     settings[path[-1]] = value
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
+def _convert(name: str, value: Any, hint: Any, expected: str = "") -> Any:
     """`value` as the type `hint`; text is converted, because flags are text and YAML reads 4e-4 as text."""
     origin, choices = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(hint, value, f"{name}.")
+    expected = expected or _expected(hint)
     if origin in (Union, types.UnionType):
         if value is None or value in ("none", "null"):
             return None
-        return _convert(name, value, next(choice for choice in choices if choice is not types.NoneType))
+        return _convert(name, value, next(choice for choice in choices if choice is not types.NoneType), expected)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(hint, value, f"{name}.")
+    if origin is Literal and value in choices:
+        return value
     if origin is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list | tuple) and len(parts) == len(choices):
             return tuple(_convert(name, part, choice) for part, choice in zip(parts, choices, strict=True))
-    elif origin is Literal:
-        if value in choices:
-            return value
-        raise UserError(f"{name}: expected {_expected(hint)}, got {value!r}{did_you_mean(str(value), choices)}")
-    elif origin is dict or hint in (bool, int, float, str):
+    if origin is dict or hint in (bool, int, float, str):
         given = _scalar(value) if isinstance(value, str) and hint is not str else value
         if type(given) is (origin or hint):
             return given
         if hint is float and type(given) is int:
             return float(given)
-    raise UserError(f"{name}: expected {_expected(hint)}, got {value!r}")
+    close = did_you_mean(str(value), choices) if origin is Literal else ""
+    raise UserError(f"{name}: expected {expected}, got {value!r}{close}")
 
 
 def _scalar(text: str) -> Any:

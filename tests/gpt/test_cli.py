@@ -1,0 +1,287 @@
+"""The command line: its commands, its options, and what bad input gets."""
+
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from gpt import cli
+from gpt.errors import UserError
+from gpt.options import Parser, from_dict, parse_config, to_dict
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Optimizer:
+    lr: float = 1e-3
+    """Learning rate, 100% of it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    name: str = "adamw"
+
+
+@dataclass
+class Run:
+    """A run."""
+
+    data: str = "a"
+    """Where the text is."""
+    name: str | None = None
+    steps: int | None = None
+    engine: Literal["auto", "numpy", "torch"] = "auto"
+    shuffle: bool = True
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def __post_init__(self):
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps: expected at least 0, got {self.steps}")
+
+
+def parse(text: str) -> Run:
+    return parse_config(Run, text.split(), prog="twingrad train")
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_no_arguments_give_the_defaults():
+    assert parse("") == Run()
+
+
+def test_flags_set_fields_of_every_type():
+    run = parse(
+        "--data b --steps 3 --engine numpy --shuffle false --lr 4e-4 --betas 0.8,0.9 --model.emb_dim 48 "
+        "--model.mlp gelu --model.norm_eps=1e-6 --model.bias false"
+    )
+    assert run == Run(
+        data="b",
+        steps=3,
+        engine="numpy",
+        shuffle=False,
+        model={"emb_dim": 48, "mlp": "gelu", "norm_eps": 1e-6, "bias": False},
+        optimizer=Optimizer(lr=4e-4, betas=(0.8, 0.9)),
+    )
+
+
+def test_a_truth_value_needs_no_argument():
+    assert parse("--shuffle false").shuffle is False
+    assert parse("--shuffle --data b").shuffle is True
+
+
+def test_none_and_negative_numbers_are_values():
+    assert parse("--steps none").steps is None
+    assert parse("--lr -1").optimizer.lr == -1.0
+
+
+def test_a_name_that_two_groups_share_needs_its_group_in_the_nested_one():
+    run = parse("--name x --optimizer.name sgd")
+    assert (run.name, run.optimizer.name) == ("x", "sgd")
+
+
+def test_flags_override_the_file_wherever_they_stand(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: from-file\nsteps: 7\nmodel: {emb_dim: 32, n_heads: 2}\noptimizer: {lr: 3e-4}\n")
+    expected = Run(data="b", steps=7, model={"emb_dim": 32, "n_heads": 4}, optimizer=Optimizer(lr=3e-4))
+    assert parse(f"--data b --config {file} --model.n_heads 4") == expected
+    assert parse(f"--config {file} --data b --model.n_heads 4") == expected
+
+
+def test_printed_options_read_back(tmp_path, capsys):
+    flags = "--data b --steps 3 --betas 0.1,0.2 --model.emb_dim 48"
+    with pytest.raises(SystemExit) as stop:
+        parse(f"{flags} --print_config")
+    assert stop.value.code == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse(f"--config {file}") == parse(flags)
+
+
+def test_from_dict_is_the_inverse_of_to_dict():
+    run = Run(data="b", model={"emb_dim": 3}, optimizer=Optimizer(betas=(0.0, 0.5)))
+    assert to_dict(run)["optimizer"]["betas"] == [0.0, 0.5]
+    assert from_dict(Run, to_dict(run)) == run
+
+
+def test_help_shows_each_field_with_its_docstring_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A run." in text
+    assert "--data text Where the text is. [a]" in text
+    assert "--lr number Learning rate, 100% of it. [0.001]" in text
+    assert "--engine auto|numpy|torch" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--step 3", "twingrad train has no option --step; did you mean --steps?"),
+        ("--optimizer.rl 3", "twingrad train has no option --optimizer.rl; did you mean --optimizer.lr?"),
+        ("--zzz", "twingrad train has no option --zzz"),
+        ("text", "twingrad train has no argument text"),
+        ("--steps 1.5", "steps: expected integer|none, got '1.5'"),
+        ("--steps -1", "steps: expected at least 0, got -1"),
+        ("--lr fast", "optimizer.lr: expected number, got 'fast'"),
+        ("--betas 0.9", "optimizer.betas: expected number,number, got '0.9'"),
+        ("--engine nunpy", "engine: expected auto|numpy|torch, got 'nunpy'; did you mean numpy?"),
+        ("--shuffle maybe", "shuffle: expected true|false, got 'maybe'"),
+        ("--data", "argument --data: expected one argument (see twingrad train --help)"),
+        ("--config missing.yaml", "missing.yaml: No such file or directory"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(arguments, message):
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step: 3", "step: no such option; did you mean steps? (with --config FILE)"),
+        (b"optimizer: {beta: 1}", "optimizer.beta: no such option; did you mean betas? (with --config FILE)"),
+        (b"optimizer: 3", "optimizer: expected a group of options, got 3 (with --config FILE)"),
+        (b"steps: true", "steps: expected integer|none, got True (with --config FILE)"),
+        (b"data: 3", "data: expected text, got 3 (with --config FILE)"),
+        (b"- data", "FILE: expected a YAML mapping of options, got a list"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        parse(f"--config {file}")
+    assert str(caught.value) == message.replace("FILE", str(file))
+
+
+@pytest.mark.parametrize("content", [b"data: [", b"\xff\xfe\x00\x81"])
+def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.yaml: not YAML: ") as caught:
+        parse(f"--config {file}")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_below_a_value_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optimizer: 3")
+    with pytest.raises(UserError, match="optimizer: expected a group of options, got 3"):
+        parse(f"--config {file} --lr 1")
+
+
+def test_options_may_not_be_abbreviated():
+    parser = Parser(prog="twingrad x")
+    parser.add_argument("--json", action="store_true")
+    with pytest.raises(UserError, match="no option --js; did you mean --json"):
+        parser.parse_args(["--js"])
+
+
+# ---------------------------------------------------------------- commands and exit statuses
+
+
+def run_with(monkeypatch, error: BaseException) -> int:
+    """The exit status of a command that fails with `error`."""
+
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", fail)
+    return cli.main(["fail"])
+
+
+def test_help_lists_every_command_with_a_summary(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in cli.COMMANDS.items():
+        assert any(line.split()[:1] == [name] and len(line.split()) > 4 for line in lines), name
+        assert command.__doc__
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"twingrad {name}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_closest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "twingrad has no command trian; did you mean train?" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: twingrad" in capsys.readouterr().out
+
+
+def test_a_user_error_is_one_line(monkeypatch, capsys):
+    assert run_with(monkeypatch, UserError("n_heads: 3 does not\ndivide 64")) == 2
+    assert capsys.readouterr().err == "error: n_heads: 3 does not divide 64\n"
+
+
+def test_a_full_disk_names_the_file(monkeypatch, capsys):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/last.safetensors")
+    assert run_with(monkeypatch, error) == 2
+    assert capsys.readouterr().err.startswith("error: runs/a/last.safetensors: No space left on device")
+
+
+def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(monkeypatch, capsys):
+    monkeypatch.delenv("TWINGRAD_TRACEBACK", raising=False)
+    assert run_with(monkeypatch, KeyError("x")) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: KeyError: 'x'")
+    assert "TWINGRAD_TRACEBACK=1" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_traceback_is_shown_on_request(monkeypatch, capsys):
+    monkeypatch.setenv("TWINGRAD_TRACEBACK", "1")
+    assert run_with(monkeypatch, UserError("x")) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_130_quietly(monkeypatch, capsys):
+    assert run_with(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """Write far more than a pipe holds to a reader that stops after one line."""
+    code = (
+        "import sys\nfrom gpt import cli\n"
+        "cli.COMMANDS['flood'] = lambda argv: print('x\\n' * 1_000_000)\n"
+        "sys.exit(cli.main(['flood']))"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.readline()
+    writer.stdout.close()
+    shown = writer.stderr.read()
+    writer.stderr.close()
+    assert writer.wait(timeout=60) == 141
+    assert shown == b""
+
+
+def test_python_m_gpt_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "gpt", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("twingrad ")
+
+
+def test_the_run_config_has_no_ambiguous_flag():
+    """Every option of `twingrad train` can be given by its field's name alone."""
+    from gpt.train.config import RunConfig
+
+    run = RunConfig()
+    groups = [run, *(value for value in vars(run).values() if dataclasses.is_dataclass(value))]
+    names = [item.name for group in groups for item in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
