@@ -2,8 +2,8 @@
 
     config = parse_config(RunConfig, argv, prog="twingrad train")
 
-A field is the flag of its name. One in a nested dataclass has a full name, ``--optimizer.lr``, and a short one, ``--lr``,
-where no other group uses it. The string below a field is its help. ``--config run.yaml`` is read first, wherever it
+A field is the flag of its name. One in a nested dataclass has a full name, ``--optimizer.lr``, and a short one where no
+other group uses it, ``--lr``. The string below a field is its help. ``--config run.yaml`` is read first, wherever it
 stands, and the other flags over it; ``--print_config`` prints all options as YAML that ``--config`` reads back.
 """
 
