@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from gpt import __version__
 from gpt.errors import UserError
-from gpt.options import did_you_mean, parse_config
+from gpt.options import Parser, parse_config, run_command
 
 __all__ = ["COMMANDS", "main"]
 
@@ -39,7 +39,10 @@ def generate(argv: list[str]) -> None:
 
 
 def data(argv: list[str]) -> int:
-    """List the texts that can be trained on, and download them."""
+    """List the texts that can be trained on, download them, and encode a text or a folder of texts for training."""
+    from gpt.data.cli import main
+
+    return main(argv)
 
 
 def doctor(argv: list[str]) -> int:
@@ -56,15 +59,21 @@ def demo(argv: list[str]) -> int:
     return main(argv)
 
 
+def version(argv: list[str]) -> None:
+    """Print the version."""
+    Parser(prog="twingrad version").parse_args(argv)
+    print(__version__)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    command.__name__: command for command in (check, train, generate, data, doctor, demo)
+    command.__name__: command for command in (check, train, generate, data, doctor, demo, version)
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        status = run_command("twingrad", COMMANDS, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # so that a reader that has gone shows here
         return status
     except BrokenPipeError:  # as in `twingrad data list | head -1`
@@ -78,26 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError | OSError) else 1
-
-
-def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"twingrad {__version__}")
-        return 0
-    if argv[0] not in COMMANDS:
-        raise UserError(f"twingrad has no command {argv[0]}{did_you_mean(argv[0], COMMANDS)} (see twingrad --help)")
-    return COMMANDS[argv[0]](argv[1:]) or 0
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: twingrad COMMAND [--help] [OPTIONS]", "", *rows, "", "twingrad --version prints the version."]
-    )
 
 
 def _one_line(error: Exception) -> str:

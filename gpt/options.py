@@ -17,14 +17,14 @@ import itertools
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gpt.errors import UserError
 
-__all__ = ["Parser", "did_you_mean", "from_dict", "parse_config", "read_yaml", "to_dict", "to_yaml"]
+__all__ = ["Parser", "did_you_mean", "from_dict", "parse_config", "read_yaml", "run_command", "to_dict", "to_yaml"]
 
 Config = TypeVar("Config")
 
@@ -52,6 +52,22 @@ class Parser(argparse.ArgumentParser):
             flags = self._option_string_actions if kind == "option" else ()
             raise UserError(f"{self.prog} has no {kind} {name}{did_you_mean(name, flags)}")
         return known
+
+
+def run_command(prog: str, commands: Mapping[str, Callable[[list[str]], int | None]], argv: Sequence[str]) -> int:
+    """Run the command that `argv` begins with on the rest of it, and return its exit status (None counts as 0).
+
+    The first line of a command's docstring is its help.
+    """
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, commands))
+        rows = (f"  {name:<{width}}  {(function.__doc__ or '').splitlines()[0]}" for name, function in commands.items())
+        print(f"usage: {prog} COMMAND [--help] [OPTIONS]", "", *rows, sep="\n")
+        return 0 if argv else 2
+    if name not in commands:
+        raise UserError(f"{prog} has no command {name}{did_you_mean(name, commands)} (see {prog} --help)")
+    return commands[name](rest) or 0
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str], prog: str) -> Config:
