@@ -194,7 +194,6 @@ class Generator:
     def _multinomial_with_replacement(self, probs: np.ndarray, num_samples: int) -> np.ndarray:
         rows = np.atleast_2d(probs).cumsum(axis=-1)
         rows /= rows[:, -1:].copy()
-        rows[:, -1] = 1
         u = self.rand((len(rows), num_samples), np.float64)
         picks = np.stack([np.searchsorted(row, draw) for row, draw in zip(rows, u, strict=True)])
         return picks.reshape(*probs.shape[:-1], num_samples)

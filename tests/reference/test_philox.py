@@ -121,6 +121,12 @@ def test_each_element_is_decided_by_its_own_word(shape, key, first, rate):
     np.testing.assert_array_equal(keep, by_element.reshape(shape))
 
 
+def test_a_word_at_the_threshold_keeps():
+    word = int(philox.philox((0, 0, 0, 0), key=1)[0])
+    assert philox.keep_mask((1, 0), (1, 1), word / 2**32)
+    assert not philox.keep_mask((1, 0), (1, 1), (word + 1) / 2**32)
+
+
 @given(st.integers(1, 6), st.integers(0, 6), keys, st.integers(0, 2**33))
 def test_micro_batches_see_their_part_of_the_whole_mask(batch, cut, key, first):
     cut = min(cut, batch)

@@ -130,6 +130,7 @@ def test_keep_mask_is_torch_dropout(torch, rate):
         keep = ours.keep_mask(shape, rate)
         assert keep.dtype == bool
         np.testing.assert_array_equal(keep, dropped != 0)
+        np.testing.assert_array_equal(ours.rand(3), torch.rand(3))
 
 
 def test_stream_noise_draws_in_call_order(torch):
