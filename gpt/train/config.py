@@ -69,6 +69,7 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps that raise the learning rate linearly from `initial_lr` to the optimizer's `lr`."""
     initial_lr: float = 0.0
+    """Learning rate of the warmup's first step."""
     min_lr: float | None = None
     """Where the cosine ends; none: a tenth of `lr`."""
     max_norm: float | None = 1.0
@@ -122,6 +123,7 @@ class RunConfig:
     engine: Literal["auto", "numpy", "torch"] = "auto"
     """auto: PyTorch where it is installed, else NumPy."""
     dtype: Literal["float32", "float64"] = "float32"
+    """Of parameters, gradients and moments."""
     init: Literal["book", "gpt2"] = "gpt2"
     """book: PyTorch's default initialisation. gpt2: normal 0.02 with scaled residual projections."""
     prompt: str | None = None
@@ -193,7 +195,7 @@ def from_dict(cls: type, settings: Mapping[str, Any], prefix: str = "") -> Any:
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; text too, because YAML reads 4e-4 as text."""
     origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{name}: expected a group of settings, got {value!r}")
         return from_dict(hint, value, f"{name}.")

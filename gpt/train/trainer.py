@@ -1,0 +1,311 @@
+"""The training loop, for either engine: it knows the engine's protocol and the loaders', and nothing below them.
+
+A step sums the gradients of its micro-batches, each the gradient of a mean over the micro-batch's counted tokens, with
+weights n_i / sum(n): the result is the gradient of the mean over all counted tokens of the step, whatever the split.
+
+Everything that a step depends on is in the checkpoint (parameters, moments, step, position in the data, state of the
+random stream), so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gpt.data.loader import Loader
+from gpt.engine import Batch, Engine, NonFiniteError
+from gpt.errors import UserError
+from gpt.train import checkpoint
+from gpt.train.config import TrainConfig
+from gpt.train.log import Log, Row
+from gpt.train.progress import Progress
+from gpt.train.schedule import warmup_constant, warmup_cosine
+from reference.philox import PhiloxNoise
+from reference.torch_rng import Generator, StreamNoise
+
+__all__ = ["Result", "Trainer", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run ended. Losses are the last known ones, nan where there was none."""
+
+    step: int  # steps done, by all parts of a resumed run together
+    tokens: int
+    loss: float
+    train_loss: float
+    val_loss: float
+    best_loss: float  # lowest validation loss
+    interrupted: bool
+
+
+def evaluate(engine: Engine, loader: Loader, batches: int | None = None) -> float:
+    """Mean over batches of the loss in evaluation mode, of the first `batches` of a fresh pass, or of all.
+
+    As in the book, each batch counts the same, and a loader without batches gives nan.
+    """
+    losses = [engine.loss(batch) for batch in islice(loader.epoch(), batches)]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+class Trainer:
+    """Trains `engine` on `train_loader`. `run` trains to the end, `resume` first goes back to a checkpoint.
+
+    lr          peak learning rate, where the warmup ends
+    generator   the random stream that the loaders draw from; dropout too when `dropout_source` is "torch"
+    run_dir     folder of the log and the checkpoints; None writes nothing
+    tokenizer   the tokenizer's spec(), kept beside the parameters
+    sample      called with the engine, returns a text to show
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: TrainConfig,
+        train_loader: Loader,
+        validation_loader: Loader | None = None,
+        *,
+        lr: float,
+        generator: Generator | None = None,
+        run_dir: str | Path | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+        sample: Callable[[Engine], str] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if len(train_loader) == 0:
+            raise UserError("train_loader: no batches to train on")
+        if config.dropout_source == "torch" and generator is None:
+            raise UserError("dropout_source: torch needs the generator that the loaders draw from")
+        self.engine, self.config, self.lr = engine, config, lr
+        self.train_loader, self.validation_loader = train_loader, validation_loader
+        self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.progress = progress or Progress()
+        self.steps_per_epoch = math.ceil(len(train_loader) / config.accumulation)
+        epochs = 1 if config.epochs is None else config.epochs
+        self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
+        self.step = 0  # steps done
+        self.tokens = 0
+        self.loss = self.train_loss = self.val_loss = math.nan
+        self.best_loss = math.inf
+        self._batches: Iterator[Batch] | None = None  # of the pass that is under way
+        self._saved_step = -1
+
+    def run(self) -> Result:
+        """Train until the last step, or until Ctrl-C or SIGTERM; then save and return.
+
+        Raises NonFiniteError naming step, tensor and the last good checkpoint, and UserError for a full disk.
+        """
+        log = None
+        if self.run_dir:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(self.run_dir)
+            log = Log(self.run_dir / "log.csv", before_step=self._number(self.step))
+        self.progress.start(self.step, self.total_steps)
+        try:
+            with _Interrupt() as interrupt:
+                while self.step < self.total_steps and not interrupt.seen:
+                    row = self._step(interrupt)
+                    if row is not None:
+                        self._after_step(row, log)
+                self._save()
+                if interrupt.seen:
+                    self._tell_how_to_go_on(interrupt.seen)
+        finally:
+            self.progress.close()
+            if log:
+                log.close()
+        return self._result(bool(interrupt.seen))
+
+    def resume(self, run_dir: str | Path | None = None) -> None:
+        """Go back to the last checkpoint of `run_dir` (the trainer's own). Either engine may have written it."""
+        found = checkpoint.load_checkpoint(run_dir or self.run_dir or "")
+        if found.model.config != self.engine.config:
+            raise UserError(f"{found.path}: its model differs: {_differences(found.model.config, self.engine.config)}")
+        self.engine.load_parameters(found.model.params)
+        self.engine.load_optimizer_state(found.optimizer)
+        state = found.state
+        try:
+            self.step = self._saved_step = state["step"]
+            self.tokens = state["tokens"]
+            self.loss, self.train_loss, self.val_loss = (_number(state[n]) for n in ("loss", "train_loss", "val_loss"))
+            self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+            self._go_to(state)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{found.path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        config = self.config
+        if config.schedule == "constant":
+            return warmup_constant(step, self.lr, config.warmup_steps, config.initial_lr)
+        floor = self.lr / 10 if config.min_lr is None else config.min_lr
+        return warmup_cosine(step, self.total_steps, self.lr, config.warmup_steps, config.initial_lr, floor)
+
+    def _step(self, interrupt: _Interrupt) -> Row | None:
+        """One step; None, and nothing changed, if a signal came between its micro-batches."""
+        config, started = self.config, time.perf_counter()
+        position = self._position() if config.accumulation > 1 else {}
+        if self._batches is None:
+            self._batches = iter(self.train_loader)
+        batches = list(islice(self._batches, config.accumulation))
+        lr = self.learning_rate(self.step)
+        max_norm = config.max_norm if self.step >= config.clip_from_step else None
+        try:
+            loss = self._accumulate(batches, interrupt)
+            if loss is None:
+                self.engine.forget_gradients()
+                self._go_to(position)
+                return None
+            norm = self.engine.step(lr, max_norm)
+        except NonFiniteError as error:
+            last = checkpoint.find_checkpoint(self.run_dir, "last") if self.run_dir else None
+            kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
+            raise NonFiniteError(f"step {self._number(self.step)}: {error}; {kept}") from None
+        n_tokens = sum(batch.inputs.size for batch in batches)
+        speed = n_tokens / (time.perf_counter() - started)
+        number = self._number(self.step)
+        self.step, self.tokens, self.loss = self.step + 1, self.tokens + n_tokens, loss
+        return Row(number, self.step / self.steps_per_epoch, self.tokens, lr, loss, norm, tokens_per_s=speed)
+
+    def _accumulate(self, batches: list[Batch], interrupt: _Interrupt) -> float | None:
+        """Add up the step's gradient; mean loss over its counted tokens, or None if a signal came before the end."""
+        counted = max(1, sum(batch.counted for batch in batches))
+        loss, example = 0.0, 0
+        for i, batch in enumerate(batches):
+            weight = batch.counted / counted
+            loss += weight * self.engine.accumulate(batch, weight, self._noise(example))
+            example += len(batch.inputs)
+            if interrupt.seen and i + 1 < len(batches):
+                return None
+        return loss
+
+    def _noise(self, first_example: int) -> PhiloxNoise | StreamNoise:
+        """Dropout of the micro-batch that starts at this example of the step."""
+        if self.config.dropout_source == "torch":
+            assert self.generator is not None
+            return StreamNoise(self.generator)
+        return PhiloxNoise(self.config.seed, self.step, first_example)
+
+    def _after_step(self, row: Row, log: Log | None) -> None:
+        """Evaluation, the log, a sample, a checkpoint: in this order, so that it holds all that the step changed."""
+        config = self.config
+        epoch_over = self.step % self.steps_per_epoch == 0
+        if epoch_over:
+            assert self._batches is not None
+            next(self._batches, None)  # lets the loader notice that the pass is over
+            self._batches = None
+        if config.eval_every and row.step % config.eval_every == 0:
+            self._evaluate(row)
+        if log:
+            log.write(row)
+        self.progress.step(row)
+        if self.sample and _due(config.sample_every, self.step, epoch_over):
+            self.progress.line(self.sample(self.engine))
+        if _due(config.save_every, self.step, epoch_over):
+            self._save()
+
+    def _evaluate(self, row: Row) -> None:
+        batches = self.config.eval_batches
+        self.train_loss = row.train_loss = evaluate(self.engine, self.train_loader, batches)
+        if self.validation_loader is not None:
+            self.val_loss = row.val_loss = evaluate(self.engine, self.validation_loader, batches)
+        if row.val_loss < self.best_loss:
+            self.best_loss = row.val_loss
+            if self.run_dir and self.config.save_best:
+                model = self.engine.parameters(), self.engine.config, self.tokenizer
+                checkpoint.save_checkpoint(self.run_dir, "best", self._state(), *model)
+
+    def _save(self) -> None:
+        """Write the last checkpoint, unless this step's is there."""
+        if self.run_dir and self.step != self._saved_step:
+            engine, model = self.engine, (self.engine.parameters(), self.engine.config, self.tokenizer)
+            checkpoint.save_checkpoint(self.run_dir, "last", self._state(), *model, engine.optimizer_state())
+            self._saved_step = self.step
+
+    def _state(self) -> dict[str, Any]:
+        """The checkpoint's JSON part."""
+        losses = {name: _or_none(getattr(self, name)) for name in ("loss", "train_loss", "val_loss", "best_loss")}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            **losses,
+            **self._position(),
+            "train": asdict(self.config),
+            "lr": self.lr,
+            "engine": self.engine.name,
+        }
+
+    def _position(self) -> dict[str, Any]:
+        """Where data and random stream stand."""
+        generator = None if self.generator is None else self.generator.state()
+        return {"loader": self.train_loader.state(), "generator": generator}
+
+    def _go_to(self, position: Mapping[str, Any]) -> None:
+        self.train_loader.load_state(position["loader"])
+        if self.generator is not None:
+            self.generator.set_state(position["generator"])
+        self._batches = None
+
+    def _number(self, step: int) -> int:
+        """The number that a step, counted from 0, has in the log and for the evaluation's cadence."""
+        return step if self.config.first_eval == "zero" else step + 1
+
+    def _tell_how_to_go_on(self, signal_name: str) -> None:
+        where = f"; saved in {self.run_dir}, from where it can be resumed" if self.run_dir else "; nothing is saved"
+        self.progress.line(f"Stopped by {signal_name} after {self.step} of {self.total_steps} steps{where}")
+
+    def _result(self, interrupted: bool) -> Result:
+        best = self.best_loss if math.isfinite(self.best_loss) else math.nan
+        return Result(self.step, self.tokens, self.loss, self.train_loss, self.val_loss, best, interrupted)
+
+
+class _Interrupt:
+    """Within it, the first SIGINT or SIGTERM only leaves its name in `seen`; a second SIGINT raises KeyboardInterrupt.
+
+    Signals reach the main thread alone, so in any other thread this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.seen = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.seen = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _due(every: int | None, step: int, epoch_over: bool) -> bool:
+    """None: at the end of each epoch; 0: never; n: after every n steps."""
+    return epoch_over if every is None else every > 0 and step % every == 0
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _differences(saved: Any, ours: Any) -> str:
+    """The fields in which two model configs differ."""
+    ours = ours.to_dict()
+    return ", ".join(f"{k} {v}, not {ours[k]}" for k, v in saved.to_dict().items() if v != ours[k])
