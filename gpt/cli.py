@@ -7,6 +7,7 @@ A traceback is printed only with TWINGRAD_TRACEBACK=1 in the environment.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -36,6 +37,9 @@ def train(argv: list[str]) -> None:
 
 def generate(argv: list[str]) -> None:
     """Continue a text with a trained model, on either engine."""
+    from gpt.generate import GenerateConfig, generate_text
+
+    print(*generate_text(parse_config(GenerateConfig, argv, prog="twingrad generate")), sep="\n\n")
 
 
 def data(argv: list[str]) -> int:
@@ -72,6 +76,9 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         status = run_command("twingrad", COMMANDS, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # so that a reader that has gone shows here

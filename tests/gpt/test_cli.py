@@ -16,6 +16,8 @@ from gpt import cli
 from gpt.data import open_tokens
 from gpt.errors import UserError
 from gpt.options import Parser, from_dict, parse_config, to_dict
+from gpt.train.checkpoint import save_parameters
+from reference import GPT, PRESETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -339,3 +341,60 @@ def test_the_run_config_has_no_ambiguous_flag():
     groups = [run, *(value for value in vars(run).values() if dataclasses.is_dataclass(value))]
     names = [item.name for group in groups for item in dataclasses.fields(group)]
     assert len(names) == len(set(names))
+
+
+# ---------------------------------------------------------------- generate
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The file of an untrained byte model."""
+    config = PRESETS["bytes-tiny"]
+    path = tmp_path / "model.safetensors"
+    save_parameters(path, GPT.seeded(config, seed=1).params, config, {"name": "bytes"})
+    return str(path)
+
+
+def test_generate_continues_the_prompt_alike_on_either_engine(checkpoint, capsys):
+    pytest.importorskip("torch")
+    texts = []
+    for engine in ("numpy", "torch"):
+        flags = ["--prompt", "Hello", "--engine", engine, "--max_new_tokens", "5", "--temperature", "1", "--top_k", "9"]
+        assert cli.main(["generate", "--checkpoint", checkpoint, *flags]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("Hello")
+    assert len(texts[0]) > len("Hello\n")
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "prompt: expected a text to continue, got none"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: expected a number of at least 0, got -1.0"),
+        (["--prompt", "x", "--top_k", "0"], "top_k: expected at least 1, got 0"),
+        (["--prompt", "x", "--topk", "3"], "twingrad generate has no option --topk; did you mean --top_k?"),
+    ],
+)
+def test_generate_refuses_in_one_line(checkpoint, flags, message, capsys):
+    assert cli.main(["generate", "--checkpoint", checkpoint, *flags]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}")
+    assert shown.count("\n") == 1
+
+
+def test_generate_without_a_checkpoint_names_where_it_looked(tmp_path, capsys):
+    assert cli.main(["generate", "--prompt", "x", "--checkpoint", str(tmp_path / "none")]) == 2
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "none") in shown
+    assert shown.count("\n") == 1
+
+
+def test_generate_with_an_engine_that_is_not_installed_names_the_command(checkpoint):
+    code = (
+        "import sys; sys.modules['torch'] = None\nfrom gpt import cli\n"
+        f"sys.exit(cli.main(['generate', '--checkpoint', {checkpoint!r}, '--prompt', 'x', '--engine', 'torch']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: this needs torch, which is not installed: pip install 'twingrad[torch]'\n"
