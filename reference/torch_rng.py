@@ -109,11 +109,15 @@ class Generator:
         probs (V,) or (B, V), float32 or float64, not negative -> (num_samples,) or (B, num_samples) int64.
         """
         probs = np.asarray(probs)
+        if probs.ndim not in (1, 2):
+            raise ValueError(f"probs: expected shape (V,) or (B, V), got {probs.shape}")
         total = probs.sum(axis=-1)
-        if probs.ndim not in (1, 2) or not (probs.min() >= 0 and np.all(total > 0) and np.all(np.isfinite(total))):
-            raise ValueError("probs: expected one or two axes of finite numbers >= 0, with a positive sum in each row")
+        if not (np.all(probs >= 0) and np.all(total > 0) and np.all(np.isfinite(total))):
+            raise ValueError("probs: expected finite numbers >= 0 with a positive sum in each row")
         if num_samples < 1 or (num_samples > probs.shape[-1] and not replacement):
-            raise ValueError(f"num_samples: expected 1 to {probs.shape[-1]} without replacement, got {num_samples}")
+            raise ValueError(
+                f"num_samples: expected at least 1, without replacement at most {probs.shape[-1]}, got {num_samples}"
+            )
         if replacement and num_samples > 1:
             return self._multinomial_with_replacement(probs, num_samples)
         race = probs / self.exponential(probs.shape, dtype=probs.dtype)

@@ -223,6 +223,8 @@ def test_float32_fused_multiply_add_rounds_once():
         (lambda g: g.randint(3, 3, 1), "low"),
         (lambda g: g.randperm(-1), "n"),
         (lambda g: g.randperm(2**31), "n"),
+        (lambda g: g.multinomial(np.array(0.5)), "probs"),
+        (lambda g: g.multinomial(np.array([])), "probs"),
         (lambda g: g.multinomial(np.array([0.5, -0.5])), "probs"),
         (lambda g: g.multinomial(np.array([0.5, np.nan])), "probs"),
         (lambda g: g.multinomial(np.array([[0.5, 0.5], [0.0, 0.0]])), "probs"),
