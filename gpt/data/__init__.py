@@ -1,0 +1,21 @@
+"""Data: text from the catalogue or a path, token files, and the loaders that hand out batches."""
+
+from gpt.data.loader import Loader
+from gpt.data.order import BatchOrder
+from gpt.data.random_batches import RandomBatches
+from gpt.data.text import load_text, split_text, split_tokens
+from gpt.data.tokenfile import TokenFile, open_tokens, prepare
+from gpt.data.windows import WindowLoader
+
+__all__ = [
+    "BatchOrder",
+    "Loader",
+    "RandomBatches",
+    "TokenFile",
+    "WindowLoader",
+    "load_text",
+    "open_tokens",
+    "prepare",
+    "split_text",
+    "split_tokens",
+]
