@@ -4,7 +4,7 @@ from gpt.data.loader import Loader
 from gpt.data.order import BatchOrder
 from gpt.data.random_batches import RandomBatches
 from gpt.data.text import load_text, split_text, split_tokens
-from gpt.data.tokenfile import TokenFile, open_tokens, prepare
+from gpt.data.tokenfile import TokenFile, is_token_file, open_tokens, prepare
 from gpt.data.windows import WindowLoader
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RandomBatches",
     "TokenFile",
     "WindowLoader",
+    "is_token_file",
     "load_text",
     "open_tokens",
     "prepare",

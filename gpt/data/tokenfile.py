@@ -27,7 +27,7 @@ from gpt.data.text import read_blocks
 from gpt.errors import UserError
 from gpt.tokenizers import Tokenizer
 
-__all__ = ["Source", "TokenFile", "open_tokens", "prepare", "write_tokens"]
+__all__ = ["Source", "TokenFile", "is_token_file", "open_tokens", "prepare", "write_tokens"]
 
 MAGIC = b"TWINTOK\n"
 FORMAT = 1
@@ -100,6 +100,15 @@ def write_tokens(
         file.write(footer)
         file.seek(0)
         file.write(_HEAD.pack(MAGIC, FORMAT, zlib.crc32(footer), count * dtype.itemsize, len(footer)))
+
+
+def is_token_file(path: Path) -> bool:
+    """Whether a file begins as token files do; it may still be truncated, damaged or too new."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def open_tokens(path: Path, tokenizer: Tokenizer | None = None) -> TokenFile:

@@ -68,6 +68,16 @@ def test_a_continued_run_gets_the_batches_that_would_have_come(steps_per_epoch, 
     assert take(loader, 3) == after
 
 
+def test_iter_begins_a_new_pass_where_nothing_was_loaded():
+    loader = RandomBatches(IDS, 2, 8, Generator(3), steps_per_epoch=5)
+    next(iter(loader))
+    state = loader.state()
+    assert len(list(loader)) == 5
+    loader.load_state(state)
+    next(iter(loader))
+    assert len(list(loader)) == 5
+
+
 def test_an_evaluation_pass_does_not_move_the_tracked_one():
     loader = RandomBatches(IDS, 2, 8, Generator(3), steps_per_epoch=5)
     iterator = iter(loader)

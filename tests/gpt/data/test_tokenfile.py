@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt import tokenizers
-from gpt.data import WindowLoader, loader, open_tokens, prepare, text, tokenfile
+from gpt.data import WindowLoader, is_token_file, loader, open_tokens, prepare, text, tokenfile
 from gpt.data.tokenfile import write_tokens
 from gpt.errors import UserError
 from reference.torch_rng import Generator
@@ -180,6 +180,12 @@ def test_other_files_are_refused(written, tmp_path):
     for missing in (tmp_path / "absent", tmp_path):
         with pytest.raises(UserError, match=f"cannot read {missing}"):
             open_tokens(missing)
+
+
+def test_a_token_file_is_told_from_a_text(written, tmp_path):
+    (tmp_path / "text").write_text("TWIN", encoding="utf-8")
+    assert is_token_file(written)
+    assert not any(map(is_token_file, [tmp_path / "text", tmp_path, tmp_path / "absent"]))
 
 
 def test_a_newer_format_is_named(written):

@@ -26,6 +26,7 @@ TEXT = '"It\'s here," he said: yes; no -- (perhaps) why_not?'
     [
         (WHITESPACE, "Hello, world. This.", ["Hello,", "world.", "This."]),
         (COMMA_AND_PERIOD, "Hello, world. This.", ["Hello", ",", "world", ".", "This", "."]),
+        ("([,.])", "Hello, big world. ", ["Hello", ",", "big world", "."]),
         (PUNCTUATION, "Is this-- a test?", ["Is", "this", "--", "a", "test", "?"]),
         (PUNCTUATION, "a_b(c)'d';e:f", ["a", "_", "b", "(", "c", ")", "'", "d", "'", ";", "e", ":", "f"]),
         (r"""([,.?_!"()']|--|\s)""", "e:f; g", ["e:f;", "g"]),
