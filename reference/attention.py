@@ -38,7 +38,8 @@ def forward(
     scale = 1 / math.sqrt(D) if scale is None else scale
     q = q.reshape(B, G, H // G, T, D)
     k, v = k[:, :, None], v[:, :, None]  # (B, G, 1, S, D)
-    p = q @ k.swapaxes(-1, -2)  # (B, G, H/G, T, S)
+    p = np.empty((B, G, H // G, T, S), q.dtype)  # in rows whatever the order of q and k, for work in place
+    np.matmul(q, k.swapaxes(-1, -2), out=p)
     future = np.arange(S) > np.arange(S - T, S)[:, None] if causal else None  # (T, S)
 
     def softmax(s: np.ndarray) -> None:
@@ -67,7 +68,7 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.nda
     S = k.shape[3]
     dy = dy.reshape(q.shape)
     dv = dropped.swapaxes(-1, -2) @ dy  # (B, G, R, S, D)
-    dp = dy @ v.swapaxes(-1, -2)  # (B, G, R, T, S)
+    dp = np.matmul(dy, v.swapaxes(-1, -2), out=np.empty_like(p))  # (B, G, R, T, S)
 
     def softmax_backward(p: np.ndarray, dp: np.ndarray, *keep: np.ndarray) -> None:
         if keep:

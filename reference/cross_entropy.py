@@ -1,10 +1,11 @@
 """Cross entropy of a softmax with integer targets, the mean over the targets that count.
 
-forward    lse = log sum exp(x)      loss = mean over counted rows of (lse - x[target])
-backward   dx = (exp(x - lse) - one_hot(target)) dloss / count, and 0 in rows that do not count
+forward    m = max x    z = sum exp(x - m)    loss = mean over counted rows of (log z - (x[target] - m))
+backward   dx = (exp(x - m) / z - one_hot(target)) dloss / count, and 0 in rows that do not count
 
-The largest entry of a row is taken out of its exponentials, so that no finite logits overflow. Only lse, one number a
-row, is kept for the gradient: the probabilities are computed again rather than held, at 50,257 of them for each token.
+With the largest entry taken out of its exponentials no finite logits overflow; log z and m are never added up, because
+beside a large m the digits of log z would be lost. Only m and z, two numbers a row, are kept for the gradient: the
+probabilities are computed again rather than held, at 50,257 of them for each token.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ def forward(logits: np.ndarray, targets: np.ndarray, ignore_index: int = -100) -
     if chosen.size and not (0 <= chosen.min() and chosen.max() < x.shape[1]):
         wrong = chosen[(chosen < 0) | (chosen >= x.shape[1])][0]
         raise ValueError(f"targets: {wrong} is outside the vocabulary, expected 0 <= target < {x.shape[1]}")
-    lse = np.empty((len(x), 1), x.dtype)
+    m, z = np.empty((2, len(x), 1), x.dtype)
 
-    def log_sum_exp(x: np.ndarray, lse: np.ndarray) -> None:
-        largest = x.max(axis=-1, keepdims=True)
-        lse[:] = np.log(np.exp(x - largest).sum(axis=-1, keepdims=True)) + largest
+    def sum_exp(x: np.ndarray, m: np.ndarray, z: np.ndarray) -> None:
+        m[:] = x.max(axis=-1, keepdims=True)
+        z[:] = np.exp(x - m).sum(axis=-1, keepdims=True)
 
-    pieces.run(log_sum_exp, x, lse)
-    losses = lse[counted, 0] - x[counted, chosen]
+    pieces.run(sum_exp, x, m, z)
+    losses = np.log(z[counted, 0]) - (x[counted, chosen] - m[counted, 0])
     loss = losses.sum() / losses.dtype.type(max(1, len(counted)))
-    return loss, (logits, lse, counted, chosen)
+    return loss, (logits, m, z, counted, chosen)
 
 
 def backward(dloss: float, saved: Any) -> np.ndarray:
     """dloss, a scalar -> dlogits (..., V)."""
-    logits, lse, counted, chosen = saved
+    logits, m, z, counted, chosen = saved
     x = logits.reshape(-1, logits.shape[-1])
-    scale = np.zeros_like(lse)
+    scale = np.zeros_like(z)
     scale[counted] = dloss / max(1, len(counted))
     dx = np.empty(x.shape, x.dtype)
 
-    def softmax(x: np.ndarray, lse: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> None:
-        np.subtract(x, lse, out=dx)
+    def softmax(x: np.ndarray, m: np.ndarray, z: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> None:
+        np.subtract(x, m, out=dx)
         np.exp(dx, out=dx)
-        dx *= scale
+        dx *= scale / z
 
-    pieces.run(softmax, x, lse, scale, dx)
+    pieces.run(softmax, x, m, z, scale, dx)
     dx[counted, chosen] -= scale[counted, 0]
     return dx.reshape(logits.shape)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from reference import pieces
+
 
 def forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
     """x (..., I), weight (O, I), bias (O,) or None -> y (..., O), saved."""
@@ -29,4 +31,4 @@ def backward(
     x_rows = x.reshape(-1, x.shape[-1])
     dx = (dy_rows @ weight).reshape(x.shape)
     dweight = np.matmul(dy_rows.T, x_rows, out=out)
-    return dx, dweight, dy_rows.sum(axis=0) if has_bias else None
+    return dx, dweight, pieces.sum_rows(dy_rows) if has_bias else None
