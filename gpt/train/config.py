@@ -6,18 +6,13 @@ names everything a run is built from; `TrainConfig` alone is what the trainer re
 
 from __future__ import annotations
 
-import dataclasses
-import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from gpt.engine import OptimizerConfig
 from gpt.errors import UserError
 
-__all__ = ["LoaderConfig", "OptimizerConfig", "RunConfig", "TrainConfig", "from_dict"]
+__all__ = ["LoaderConfig", "OptimizerConfig", "RunConfig", "TrainConfig"]
 
 
 @dataclass
@@ -36,15 +31,16 @@ class LoaderConfig:
     """Whether the training windows come in a new random order each epoch."""
     drop_last: bool = True
     """Whether a last, smaller training batch is left out."""
-    validation_fraction: float = 0.1
-    """The end of the text that is held out, measured in characters of a text and tokens of a token file."""
+    train_fraction: float = 0.9
+    """The part of the text, from its beginning, that is trained on: of a text's characters, of a token file's tokens.
+    The rest is held out for validation."""
 
     def __post_init__(self) -> None:
         _require(self.sampling in ("windows", "random"), "sampling", self.sampling, "windows or random")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.max_length is None or self.max_length >= 1, "max_length", self.max_length, "at least 1")
         _require(self.stride is None or self.stride >= 1, "stride", self.stride, "at least 1")
-        _require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "0 <= x < 1")
+        _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "between 0 and 1")
 
 
 @dataclass
@@ -110,12 +106,12 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """A whole training run, from names: text, tokenizer, model, engine, and where the results go."""
+    """Train a GPT: on which text, with which tokenizer, model and engine, and where the results go."""
 
-    data: str = "stdlib"
-    """A name of the data catalogue, or the path of a text file, a token file or a folder of texts."""
-    tokenizer: str = "bytes"
-    """gpt2, bytes, simple-v1 or simple-v2."""
+    data: str = "python-stdlib"
+    """A name of the data catalogue, or the path of a text file, a token file, or a folder of .txt files."""
+    tokenizer: str | None = None
+    """gpt2, bytes, simple-v1 or simple-v2; none: the token file's own, and bytes for a text."""
     preset: str = "bytes-small"
     """The model's architecture, a name in reference.config.PRESETS."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -127,9 +123,13 @@ class RunConfig:
     init: Literal["book", "gpt2"] = "gpt2"
     """book: PyTorch's default initialisation. gpt2: normal 0.02 with scaled residual projections."""
     prompt: str | None = None
-    """Where text samples begin; none: a few words from the training text."""
+    """Where text samples begin; none: with the first words of the held-out text."""
+    sample_tokens: int = 50
+    """Tokens in a text sample, each the most probable one."""
     out: str = "runs/latest"
-    """The run's folder: config.yaml, log.csv, loss.png, loss.pdf, samples.txt and the checkpoints."""
+    """The run's folder: config.yaml, log.csv, loss.png, loss.pdf and the checkpoints."""
+    resume: bool = False
+    """Whether to go on with the run in `out` from its last checkpoint."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -141,102 +141,7 @@ class RunConfig:
             ("init", ("book", "gpt2")),
         ):
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, nested, as YAML and JSON can hold them."""
-        return _plain(dataclasses.asdict(self))
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> RunConfig:
-        """Inverse of `to_dict`; absent fields keep their defaults. Raises UserError naming a field that is wrong."""
-        return from_dict(cls, settings)
-
-    @classmethod
-    def load(cls, path: str | Path) -> RunConfig:
-        """Read a YAML file of settings. Raises UserError naming the file and what is wrong in it."""
-        import yaml
-
-        try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
-        if settings is None:
-            settings = {}
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: expected a YAML mapping of settings, got a {type(settings).__name__}")
-        try:
-            return cls.from_dict(settings)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-
-    def to_yaml(self) -> str:
-        """The settings as the YAML text that `load` reads."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-def from_dict(cls: type, settings: Mapping[str, Any], prefix: str = "") -> Any:
-    """An instance of the dataclass `cls`, values converted to the fields' types. Raises UserError naming the field."""
-    hints = get_type_hints(cls)
-    for name in settings:
-        if name not in hints:
-            close = get_close_matches(str(name), hints, n=1)
-            raise UserError(f"{prefix}{name}: no such option" + (f"; did you mean {close[0]}?" if close else ""))
-    values = {name: _convert(f"{prefix}{name}", value, hints[name]) for name, value in settings.items()}
-    try:
-        return cls(**values)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{prefix.rstrip('.') or cls.__name__}: {error}") from None
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; text too, because YAML reads 4e-4 as text."""
-    origin, args = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{name}: expected a group of settings, got {value!r}")
-        return from_dict(hint, value, f"{name}.")
-    if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        return _convert(name, value, next(arg for arg in args if arg is not type(None)))
-    if origin is Literal:
-        if value not in args:
-            raise UserError(f"{name}: expected {' or '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)) or len(parts) != len(args):
-            raise UserError(f"{name}: expected {len(args)} numbers, got {value!r}")
-        return tuple(_convert(name, part, arg) for part, arg in zip(parts, args, strict=True))
-    return _convert_scalar(name, value, hint)
-
-
-def _convert_scalar(name: str, value: Any, hint: Any) -> Any:
-    try:
-        if hint is bool and isinstance(value, str):
-            return {"true": True, "false": False}[value.lower()]
-        if hint is int and isinstance(value, str):
-            return int(value)
-        if hint is float and isinstance(value, (str, int)) and not isinstance(value, bool):
-            return float(value)
-        expected = {dict: dict}.get(get_origin(hint), hint)
-        if not isinstance(value, expected) or (hint is int and isinstance(value, bool)):
-            raise TypeError
-    except (KeyError, TypeError, ValueError):
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
-        raise UserError(f"{name}: expected {kind}, got {value!r}") from None
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is how YAML and JSON give them back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        _require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
