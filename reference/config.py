@@ -13,6 +13,7 @@ CHOICES = {
     "mlp": ("gelu_tanh", "gelu"),
     "position": ("learned",),
 }
+RATES = ("emb_dropout", "shortcut_dropout", "attn_dropout")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class GPTConfig:
         for name in ("qkv_bias", "bias", "head_bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not true or false")
-        for name in ("emb_dropout", "shortcut_dropout", "attn_dropout"):
+        for name in RATES:
             rate = getattr(self, name)
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"{name}: {rate!r} is not a rate, 0 <= rate < 1")
@@ -90,7 +91,7 @@ class GPTConfig:
         settings = dict(settings)
         if "drop_rate" in settings:
             rate = settings.pop("drop_rate")
-            for name in ("emb_dropout", "shortcut_dropout", "attn_dropout"):
+            for name in RATES:
                 settings.setdefault(name, rate)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in settings:
@@ -111,7 +112,10 @@ class GPTConfig:
     def replace(self, **changes: Any) -> GPTConfig:
         """This config with some fields changed. A size that was derived from a changed one follows it."""
         derived = {name: 0 for name, value in self._derived().items() if getattr(self, name) == value}
-        return GPTConfig.from_dict({**self.to_dict(), **derived, **changes})
+        kept = {**self.to_dict(), **derived}
+        if "drop_rate" in changes:
+            kept = {name: value for name, value in kept.items() if name not in RATES}
+        return GPTConfig.from_dict({**kept, **changes})
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter, in the order the forward pass meets them. Weights are (out, in)."""
