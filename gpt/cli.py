@@ -19,6 +19,8 @@ from gpt.options import Parser, parse_config, run_command
 
 __all__ = ["COMMANDS", "main"]
 
+INTERRUPTED, GONE_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
+
 
 def check(argv: list[str]) -> int:
     """Hold every layer and the whole model of both engines against each other and against the truth."""
@@ -27,12 +29,13 @@ def check(argv: list[str]) -> int:
     return main(argv)
 
 
-def train(argv: list[str]) -> None:
+def train(argv: list[str]) -> int:
     """Train a model on a text, on either engine."""
     from gpt.train.config import RunConfig
     from gpt.train.run import train
 
-    train(parse_config(RunConfig, argv, prog="twingrad train"))
+    result = train(parse_config(RunConfig, argv, prog="twingrad train"))
+    return INTERRUPTED if result.interrupted else 0
 
 
 def generate(argv: list[str]) -> None:
@@ -85,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except BrokenPipeError:  # as in `twingrad data list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return GONE_READER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 128 + 2
+        return INTERRUPTED
     except Exception as error:
         if os.environ.get("TWINGRAD_TRACEBACK") == "1":
             traceback.print_exc()

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,8 @@ import gpt
 from gpt import cli
 from gpt.data import open_tokens
 from gpt.errors import UserError
-from gpt.options import Parser, from_dict, parse_config, to_dict
-from gpt.train.checkpoint import save_parameters
+from gpt.options import Parser, from_dict, parse_config, read_yaml, to_dict
+from gpt.train.checkpoint import find_checkpoint, save_parameters
 from reference import GPT, PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -341,6 +343,93 @@ def test_the_run_config_has_no_ambiguous_flag():
     groups = [run, *(value for value in vars(run).values() if dataclasses.is_dataclass(value))]
     names = [item.name for group in groups for item in dataclasses.fields(group)]
     assert len(names) == len(set(names))
+
+
+# ---------------------------------------------------------------- train
+
+TINY = [
+    "--preset",
+    "bytes-tiny",
+    "--engine",
+    "numpy",
+    "--model.n_layers",
+    "1",
+    "--batch_size",
+    "4",
+    "--eval_every",
+    "2",
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text of 2,600 characters."""
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz" * 100, encoding="utf-8")
+    return str(path)
+
+
+def train(*flags: str) -> int:
+    return cli.main(["train", *TINY, *flags])
+
+
+def test_train_writes_a_run_that_generate_continues(text, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert train("--data", text, "--out", out, "--steps", "2") == 0
+    settings = read_yaml(Path(out, "config.yaml"))
+    assert settings["model"] == {"n_layers": 1}
+    assert settings["train"]["steps"] == 2
+    capsys.readouterr()
+    flags = ["--checkpoint", out, "--prompt", "abc", "--engine", "numpy", "--max_new_tokens", "3"]
+    assert cli.main(["generate", *flags]) == 0
+    assert capsys.readouterr().out.startswith("abc")
+
+
+def test_train_stopped_by_ctrl_c_exits_130_and_can_be_resumed(text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "gpt", "train", *TINY, "--data", text, "--out", str(out), "--steps", "1000000"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = out / "log.csv"
+    while running.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    shown, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "--resume" in shown + errors
+    assert find_checkpoint(out, "last")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "gpt2-smal"], "did you mean gpt2-small?"),
+        (["--data", "the-verdikt"], "did you mean 'the-verdict'?"),
+        (["--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
+        (["--stpes", "3"], "twingrad train has no option --stpes; did you mean --steps?"),
+        (["--model.n_head", "3"], "n_head: no such field of a GPTConfig; did you mean n_heads?"),
+        (["--model.n_kv_heads", "2"], "n_kv_heads: 2 does not divide n_heads 3"),
+        (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
+        (["--lr", "-1"], "lr: expected a positive learning rate, got -1.0"),
+        (["--model.context_length", "5000"], "training split"),
+        (["--engine", "jax"], "engine: expected auto|numpy|torch, got 'jax'"),
+        (["--max_length", "65"], "max_length: expected at most the model's context_length 64, got 65"),
+    ],
+)
+def test_train_refuses_in_one_line_and_writes_nothing(text, tmp_path, flags, message, capsys):
+    out = tmp_path / "run"
+    assert train("--data", text, "--out", str(out), *flags) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()
+
+
+def test_train_refuses_a_text_that_is_not_utf_8(tmp_path, capsys):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes(b"abc\xe9" * 1000)
+    assert train("--data", str(path), "--out", str(tmp_path / "run")) == 2
+    assert "not UTF-8" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- generate
