@@ -17,7 +17,7 @@ from gpt.errors import UserError
 from reference.config import GPTConfig
 
 Arrays = dict[str, np.ndarray]
-Noise = Callable[[int, int, tuple[int, ...], float], Any]  # (layer, site, shape, rate) -> noise, see reference/philox.py
+Noise = Callable[[int, int, tuple[int, ...], float], Any]  # (layer, site, shape, rate), see reference/philox.py
 Trace = Callable[[str, np.ndarray], None]
 IGNORE = -100  # a target that does not count
 
@@ -178,8 +178,9 @@ def check_arrays(given: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int
     missing = [name for name in shapes if name not in given]
     unknown = [name for name in given if name not in shapes]
     if missing or unknown:
-        listed = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(unknown)}"] * bool(unknown)
-        raise UserError(f"parameters do not fit the model: {'; '.join(listed)}")
+        named = {"missing": missing, "unexpected": unknown}
+        listed = "; ".join(f"{kind} {', '.join(names)}" for kind, names in named.items() if names)
+        raise UserError(f"parameters do not fit the model: {listed}")
     for name, shape in shapes.items():
         if tuple(given[name].shape) != tuple(shape):
             raise UserError(f"{name}: expected shape {tuple(shape)}, got {tuple(given[name].shape)}")

@@ -61,7 +61,8 @@ class NumpyEngine:
         norm = self.gradient_norm()
         if not math.isfinite(norm):
             wrong = [name for name, gradient in self._grads.items() if not np.isfinite(gradient).all()]
-            raise NonFiniteError(f"the gradient's norm is {norm}, first in {wrong[0] if wrong else 'its sum of squares'}")
+            where = wrong[0] if wrong else "its sum of squares"
+            raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
         scale = 1.0 if max_norm is None else optim.clip_scale(norm, max_norm)
         self._optimizer.step(self._grads, lr, scale)
         self.forget_gradients()

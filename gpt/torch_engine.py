@@ -69,7 +69,8 @@ class TorchEngine:
         norm = total.item()
         if not np.isfinite(norm):
             wrong = [name for name, gradient in grads.items() if not torch.isfinite(gradient).all()]
-            raise NonFiniteError(f"the gradient's norm is {norm}, first in {wrong[0] if wrong else 'its sum of squares'}")
+            where = wrong[0] if wrong else "its sum of squares"
+            raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._params.values(), max_norm, total)
         for group in self._optimizer.param_groups:

@@ -166,13 +166,21 @@ PRESETS: dict[str, GPTConfig] = {
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
     # The book's model before it loads GPT-2's weights: its head is not tied, its attention has no biases.
-    "book-124m": GPTConfig(
-        50257, 1024, 768, 12, 12, emb_dropout=0.1, shortcut_dropout=0.1, attn_dropout=0.1
-    ),
+    "book-124m": GPTConfig(50257, 1024, 768, 12, 12, emb_dropout=0.1, shortcut_dropout=0.1, attn_dropout=0.1),
     # A course's model: 7 heads of 54 in 384 dimensions, a six-fold MLP, biases everywhere.
     "course-gpt": GPTConfig(
-        4096, 512, 384, 7, 7, head_dim=54, mlp_dim=6 * 384, qkv_bias=True, head_bias=True,
-        emb_dropout=0.05, shortcut_dropout=0.05, attn_dropout=0.05,
+        4096,
+        512,
+        384,
+        7,
+        7,
+        head_dim=54,
+        mlp_dim=6 * 384,
+        qkv_bias=True,
+        head_bias=True,
+        emb_dropout=0.05,
+        shortcut_dropout=0.05,
+        attn_dropout=0.05,
     ),
     "bytes-small": GPTConfig(257, 256, 128, 4, 4, qkv_bias=True, tie_embeddings=True),
     "bytes-tiny": GPTConfig(257, 64, 48, 2, 3, qkv_bias=True, tie_embeddings=True),

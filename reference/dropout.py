@@ -17,7 +17,7 @@ from reference import philox
 
 
 def forward(x: np.ndarray, rate: float, noise: philox.Noise | None) -> tuple[np.ndarray, Any]:
-    """x (..., R, C), 0 <= rate < 1, noise (key, first) or a keep mask shaped like x, or None: no dropout -> y, saved."""
+    """x (..., R, C), 0 <= rate < 1, noise (key, first), a keep mask shaped like x, or None: no dropout -> y, saved."""
     if not rate or noise is None:
         return x, (None, 0.0)
     saved = philox.keep_mask(noise, x.shape, rate), rate

@@ -8,7 +8,10 @@ import numpy as np
 
 
 def numeric_gradient(
-    f: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-5, indices: Iterable[tuple[int, ...]] | None = None
+    f: Callable[[np.ndarray], float],
+    x: np.ndarray,
+    step: float = 1e-5,
+    indices: Iterable[tuple[int, ...]] | None = None,
 ) -> np.ndarray:
     """df/dx of a scalar function at x, float64, by central differences; its error falls with step^2 to a point.
 

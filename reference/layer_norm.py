@@ -16,9 +16,7 @@ import numpy as np
 from reference import pieces
 
 
-def forward(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float = 1e-5
-) -> tuple[np.ndarray, Any]:
+def forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float = 1e-5) -> tuple[np.ndarray, Any]:
     """x (..., C), weight (C,), bias (C,) or None -> y (..., C), saved."""
     h = x - x.mean(axis=-1, keepdims=True)  # (..., C)
     variance = np.einsum("...c,...c->...", h, h)[..., None] / x.shape[-1]  # (..., 1)
