@@ -123,7 +123,7 @@ class RunConfig:
     init: Literal["book", "gpt2"] = "gpt2"
     """book: PyTorch's default initialisation. gpt2: normal 0.02 with scaled residual projections."""
     prompt: str | None = None
-    """Where text samples begin; none: with the first words of the held-out text."""
+    """Where text samples begin; none: with a few words of the held-out text."""
     sample_tokens: int = 50
     """Tokens in a text sample, each the most probable one."""
     out: str = "runs/latest"

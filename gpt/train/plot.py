@@ -19,7 +19,7 @@ __all__ = ["plot_losses", "save_plot"]
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#1f6fb4", "#d9602b", "#2e8b6d", "#7b5ea7", "#555555"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": GREY,
     "axes.labelcolor": "#222222",
@@ -74,9 +74,11 @@ def plot_losses(logs: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -
 
 def save_plot(figure: Figure, path: str | Path) -> list[Path]:
     """Write path.png and path.pdf, and return the two. Raises UserError if they cannot be written."""
+    from matplotlib import rc_context
+
     paths = [Path(f"{path}.png"), Path(f"{path}.pdf")]
     for target, metadata in zip(paths, ({}, {"CreationDate": None}), strict=True):  # no date: same figure, same file
-        with atomic_write(target) as file:
+        with rc_context(STYLE), atomic_write(target) as file:
             figure.savefig(file, format=target.suffix[1:], dpi=200, metadata=metadata)
     return paths
 

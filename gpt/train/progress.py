@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from typing import Any, TextIO
 
 from gpt.train.log import Row
@@ -28,21 +29,35 @@ class Progress:
         """The run is over or interrupted."""
 
 
+class _Speed:
+    """Tokens per second over the last steps: the harmonic mean, because it is the times that add up."""
+
+    def __init__(self) -> None:
+        self._seconds_per_token: deque[float] = deque(maxlen=20)
+
+    def of(self, row: Row) -> float:
+        """The speed with this step counted in."""
+        self._seconds_per_token.append(1 / row.tokens_per_s)
+        return len(self._seconds_per_token) / sum(self._seconds_per_token)
+
+
 class Lines(Progress):
     """A line for each evaluation, as the book prints it, with the speed and the time left behind it."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stdout
+        self._speed = _Speed()
 
     def start(self, done: int, total: int) -> None:
         self._total, self._done, self._since = total - done, 0, time.perf_counter()
 
     def step(self, row: Row) -> None:
         self._done += 1
+        speed = self._speed.of(row)
         if evaluated(row):
             elapsed = time.perf_counter() - self._since
             left = elapsed / self._done * (self._total - self._done)
-            self.line(f"{describe(row)}  ({row.tokens_per_s:,.0f} tokens/s, {clock(left)} left)")
+            self.line(f"{describe(row)}  ({speed:,.0f} tokens/s, {clock(left)} left)")
 
     def line(self, text: str) -> None:
         print(text, file=self._out, flush=True)
@@ -54,6 +69,7 @@ class Bar(Progress):
     def __init__(self, console: Any = None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        self._speed = _Speed()
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -69,7 +85,7 @@ class Bar(Progress):
         self._bar.start()
 
     def step(self, row: Row) -> None:
-        numbers = f"loss {row.loss:.3f}  lr {row.lr:.1e}  {row.tokens_per_s:,.0f} tokens/s"
+        numbers = f"loss {row.loss:.3f}  lr {row.lr:.1e}  {self._speed.of(row):,.0f} tokens/s"
         self._bar.update(self._task, advance=1, numbers=numbers)
         if evaluated(row):
             self.line(describe(row))

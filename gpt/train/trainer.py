@@ -98,6 +98,7 @@ class Trainer:
         self.best_loss = math.inf
         self._batches: Iterator[Batch] | None = None  # of the pass that is under way
         self._saved_step = -1
+        self._began = 0.0  # on the clock of time.perf_counter, as if the run had never stopped
 
     def run(self) -> Result:
         """Train until the last step, or until Ctrl-C or SIGTERM; then save and return.
@@ -109,6 +110,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.run_dir)
             log = Log(self.run_dir / "log.csv", before_step=self._number(self.step))
+        self._began = time.perf_counter() - (log.seconds if log else 0.0)
         self.progress.start(self.step, self.total_steps)
         try:
             with _Interrupt() as interrupt:
@@ -205,6 +207,7 @@ class Trainer:
             self._batches = None
         if config.eval_every and row.step % config.eval_every == 0:
             self._evaluate(row)
+        row.seconds = time.perf_counter() - self._began
         if log:
             log.write(row)
         self.progress.step(row)

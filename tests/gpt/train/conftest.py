@@ -1,5 +1,7 @@
 """A trainer small enough to be run many times in a test."""
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,8 @@ def make_trainer(tmp_path):
             WindowLoader(ids, 4, 8, 4, shuffle, shuffle, generator)
             for ids, shuffle in ((TOKENS[:200], True), (TOKENS[200:], False))
         ]
+        if engine == "torch":
+            importlib.import_module("torch").set_num_threads(1)  # threads cost more than arrays this small
         model = create_engine(engine, config, params, optimizer, dtype)
         return Trainer(model, settings, *loaders, lr=optimizer.lr, generator=generator, run_dir=run_dir, **passed_on)
 

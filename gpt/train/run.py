@@ -1,0 +1,215 @@
+"""A training run from a RunConfig: builds text, tokenizer, model, engine and loaders from their names, and trains.
+
+One random stream, seeded once, initializes the parameters and then orders the data (and drops elements, on request), as
+in the book, where `torch.manual_seed` comes before the model is made. So a seed gives the same run in either engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gpt import tokenizers
+from gpt.data import (
+    Loader,
+    RandomBatches,
+    TokenFile,
+    WindowLoader,
+    load_text,
+    open_tokens,
+    prepare,
+    split_text,
+    split_tokens,
+)
+from gpt.data.files import atomic_write
+from gpt.data.tokenfile import MAGIC
+from gpt.engine import Engine, NonFiniteError, create_engine
+from gpt.errors import UserError
+from gpt.generate import Sampling, generate
+from gpt.options import did_you_mean, from_dict, read_yaml, to_dict, to_yaml
+from gpt.tokenizers import Tokenizer
+from gpt.train import checkpoint
+from gpt.train.config import LoaderConfig, RunConfig
+from gpt.train.log import read_log
+from gpt.train.plot import plot_losses, save_plot
+from gpt.train.progress import Progress, create_progress
+from gpt.train.trainer import Result, Trainer
+from reference.config import PRESETS, GPTConfig
+from reference.init import initialize
+from reference.torch_rng import Generator
+
+__all__ = ["build", "train"]
+
+CONFIG, LOG, PLOT = "config.yaml", "log.csv", "loss"
+# What a resumed run may not change: it would be another run.
+FIXED = ("data", "tokenizer", "preset", "model", "dtype", "init", "loader", "train.seed", "train.first_eval")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as token ids, split, and the tokenizer that made them."""
+
+    tokenizer: Tokenizer
+    train_ids: np.ndarray  # (N,)
+    validation_ids: np.ndarray  # (M,)
+
+
+def train(config: RunConfig, progress: Progress | None = None) -> Result:
+    """Train, write the run's folder `config.out`, and return where the run ended. Raises UserError.
+
+    A folder that holds a run already is refused unless `config.resume`; then the run goes on from its last checkpoint,
+    where what makes it that run (data, model, seed, ...) must be the same, and how long or on which engine it goes on
+    may differ.
+    """
+    out = Path(config.out)
+    _check_folder(config, out)
+    progress = progress or create_progress()
+    trainer, corpus = build(config, progress)
+    progress.line(_describe(config, trainer, corpus))
+    if config.resume and checkpoint.find_checkpoint(out, "last"):
+        trainer.resume()
+        progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
+    with atomic_write(out / CONFIG) as file:
+        file.write(to_yaml(replace(config, resume=False)).encode())
+    try:
+        result = trainer.run()
+    except NonFiniteError:
+        _plot(out)
+        raise
+    _plot(out)
+    if result.interrupted:
+        progress.line(f"To go on: twingrad train --config {out / CONFIG} --resume")
+    return result
+
+
+def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer, Corpus]:
+    """The trainer of a run, before its first step, and the text it trains on. Writes nothing but a folder's tokens."""
+    corpus = load_corpus(config)
+    model = _model_config(config, corpus.tokenizer.n_vocab)
+    generator = Generator(config.train.seed)
+    params = initialize(model, generator, config.init)
+    max_length = config.loader.max_length or model.context_length
+    if max_length > model.context_length:
+        raise UserError(
+            f"max_length: expected at most the model's context_length {model.context_length}, got {max_length}"
+        )
+    loaders = [
+        _loader(config.loader, split, ids, max_length, generator)
+        for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
+    ]
+    engine = create_engine(config.engine, model, params, config.optimizer, config.dtype)
+    trainer = Trainer(
+        engine,
+        config.train,
+        *loaders,
+        lr=config.optimizer.lr,
+        generator=generator,
+        run_dir=config.out,
+        tokenizer=corpus.tokenizer.spec(),
+        sample=_sampler(config, corpus),
+        progress=progress,
+    )
+    return trainer, corpus
+
+
+def load_corpus(config: RunConfig) -> Corpus:
+    """The text that `config.data` names, encoded and split."""
+    path, fraction = Path(config.data), config.loader.train_fraction
+    if path.is_dir():
+        return _split_file(_encode_folder(config, path), fraction)
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                wanted = tokenizers.load(config.tokenizer) if config.tokenizer else None
+                return _split_file(open_tokens(path, wanted), fraction)
+    text = load_text(config.data)
+    tokenizer = tokenizers.load(config.tokenizer or "bytes", text)
+    ids = [np.array(tokenizer.encode(part), np.int64) for part in split_text(text, fraction)]
+    return Corpus(tokenizer, *ids)
+
+
+def _encode_folder(config: RunConfig, folder: Path) -> TokenFile:
+    """The folder's texts as a token file in the run's folder, encoded when the run begins."""
+    target, tokenizer = Path(config.out, "corpus.tokens"), tokenizers.load(config.tokenizer or "bytes")
+    if config.resume and target.exists():
+        return open_tokens(target, tokenizer)
+    return prepare(folder, target, tokenizer)
+
+
+def _split_file(file: TokenFile, fraction: float) -> Corpus:
+    return Corpus(tokenizers.from_spec(file.tokenizer), *split_tokens(file.ids, fraction))
+
+
+def _model_config(config: RunConfig, n_vocab: int) -> GPTConfig:
+    if config.preset not in PRESETS:
+        names = ", ".join(PRESETS)
+        raise UserError(f"preset: {config.preset!r} is not one of {names}{did_you_mean(config.preset, PRESETS)}")
+    try:
+        model = PRESETS[config.preset].replace(**{"vocab_size": n_vocab, **config.model})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model: {error}") from None
+    if model.vocab_size < n_vocab:
+        raise UserError(f"vocab_size: the tokenizer has {n_vocab} tokens, and the model only {model.vocab_size}")
+    return model
+
+
+def _loader(config: LoaderConfig, split: str, ids: np.ndarray, max_length: int, generator: Generator) -> Loader:
+    """The loader of one split; the validation split is read in order, to its end."""
+    training = split == "training"
+    try:
+        if config.sampling == "random":
+            per_epoch = max(1, len(ids) // (config.batch_size * max_length))
+            return RandomBatches(ids, config.batch_size, max_length, generator, per_epoch)
+        shuffle, drop_last = training and config.shuffle, training and config.drop_last
+        stride = config.stride or max_length
+        return WindowLoader(ids, config.batch_size, max_length, stride, shuffle, drop_last, generator)
+    except UserError as error:
+        raise UserError(f"{split} split: {error}") from None
+
+
+def _sampler(config: RunConfig, corpus: Corpus) -> Callable[[Engine], str]:
+    """What a text sample is: the prompt's most probable continuation, on one line."""
+    tokenizer = corpus.tokenizer
+    words = tokenizer.decode(corpus.validation_ids[:100]).split()
+    prompt = config.prompt or " ".join(words[1:5])  # the split may have cut the first
+    ids = np.array([tokenizer.encode(prompt) or corpus.validation_ids[:1]], np.int64)
+    sampling = Sampling(config.sample_tokens)
+    return lambda engine: tokenizer.decode(generate(engine, ids, sampling)[0]).replace("\n", " ")
+
+
+def _check_folder(config: RunConfig, out: Path) -> None:
+    """Refuse to overwrite a run, to resume what is none, or to resume it as another."""
+    if not config.resume:
+        if (out / CONFIG).exists() or (out / LOG).exists() or checkpoint.find_checkpoint(out, "last"):
+            raise UserError(
+                f"out: {out} already holds a run: go on with it by --resume, or give another folder by --out"
+            )
+        return
+    if not (out / CONFIG).exists():
+        raise UserError(f"resume: {out} holds no run, for there is no {CONFIG} in it")
+    before, now = (to_dict(c) for c in (from_dict(RunConfig, read_yaml(out / CONFIG)), config))
+    for name in FIXED:
+        group, _, field = name.rpartition(".")
+        was, wanted = (settings[group][field] if group else settings[name] for settings in (before, now))
+        if was != wanted:
+            raise UserError(f"resume: {name} of the run in {out} is {was}, not {wanted}; see {out / CONFIG}")
+
+
+def _describe(config: RunConfig, trainer: Trainer, corpus: Corpus) -> str:
+    engine, tokens = trainer.engine, len(corpus.train_ids) + len(corpus.validation_ids)
+    return (
+        f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name}); {config.preset}: "
+        f"{engine.config.n_parameters:,} parameters; {engine.name} engine, {config.dtype}; "
+        f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch; {config.out}"
+    )
+
+
+def _plot(out: Path) -> None:
+    """Draw the log as far as it goes."""
+    if (out / LOG).exists():
+        log = read_log(out / LOG)
+        if len(log["step"]):
+            save_plot(plot_losses({out.name: log}), out / PLOT)
