@@ -1,0 +1,56 @@
+"""Every printed figure, with each engine; the whole training runs are marked slow."""
+
+import os
+
+import pytest
+
+from tests.figures import engines, registry
+
+REPRODUCTIONS = registry.load_all()
+NEEDS = {
+    "the-verdict": ("TWINGRAD_DATA" in os.environ, "TWINGRAD_DATA names no folder with the-verdict.txt"),
+    "gpt2": ("TIKTOKEN_CACHE_DIR" in os.environ, "TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary"),
+    "torch": (True, ""),
+}
+CASES = [
+    pytest.param(name, engine, id=f"{name}-{engine}" if engine else name, marks=[pytest.mark.slow] * reproduction.slow)
+    for name, reproduction in REPRODUCTIONS.items()
+    for engine in reproduction.engines
+]
+
+
+@pytest.mark.parametrize("name, engine", CASES)
+def test_figure(name, engine):
+    entry = registry.FIGURES[name]
+    for need in entry["needs"]:
+        present, reason = NEEDS[need]
+        if not present:
+            pytest.skip(reason)
+    if engine == "torch" or "torch" in entry["needs"]:
+        pytest.importorskip("torch")
+    ours = REPRODUCTIONS[name].function(*([engines.layers(engine)] if engine else []))
+    assert registry.error(name, ours) <= entry["atol"], f"{entry['setup']}: {ours}"
+
+
+def test_every_figure_has_a_source_and_a_reproduction():
+    assert REPRODUCTIONS.keys() == registry.REPRODUCTIONS.keys()
+    for entry in registry.FIGURES.values():
+        assert list(entry) == ["id", "source", "setup", "printed", "value", "atol", "needs"]
+        assert registry.difference(entry["value"], entry["value"]) == 0
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [
+        ([1.0, {"a": 2}], [1.5, {"a": 1}], 1.0),
+        ([1.0], [1.0, 2.0], float("inf")),
+        ({"a": 1}, {"b": 1}, float("inf")),
+        (float("nan"), 1.0, float("inf")),
+        ([None, "x", True], [None, "x", True], 0.0),
+        ("x", "y", float("inf")),
+        (True, 1, float("inf")),
+        (None, 0.0, float("inf")),
+    ],
+)
+def test_difference(ours, theirs, expected):
+    assert registry.difference(ours, theirs) == expected
