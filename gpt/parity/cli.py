@@ -1,0 +1,76 @@
+"""`twingrad check`: what it takes, what it prints, and the exit status."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from gpt.errors import UserError
+from gpt.options import Parser
+
+DESCRIPTION = """\
+Hold every layer against central differences, against laws that it must obey and against PyTorch, and the NumPy and the
+PyTorch model against each other, tensor by tensor and step by step. Exit status 1: something is beyond its bound.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the checks that `argv` asks for. Returns 1 if one failed."""
+    arguments = _parser().parse_args(argv)
+    if arguments.defects:
+        from gpt.parity import defects as checks
+
+        report: Any = checks.run(arguments.ops, progress=_progress(arguments.json))
+        text = checks.render(report)
+    else:
+        from gpt.parity import check
+
+        dtypes = [arguments.dtype] if arguments.dtype else ["float64", "float32"]
+        report = check.run(arguments.ops, arguments.steps, dtypes, _progress(arguments.json))
+        text = check.render(report)
+    _clear_progress(arguments.json)
+    if arguments.json or not sys.stdout.isatty():
+        print(report.to_json() if arguments.json else text)
+    else:
+        _print_in_colour(text)
+    return 0 if report.passed else 1
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="twingrad check", description=DESCRIPTION)
+    parser.add_argument("ops", metavar="OP", nargs="*", help="operators or layers to check, or model [everything]")
+    parser.add_argument("--steps", type=_steps, default=100, help="training steps of the models in lockstep [100]")
+    parser.add_argument("--dtype", choices=["float64", "float32"], help="of the models in lockstep [both]")
+    parser.add_argument("--defects", action="store_true", help="seed known mistakes, one at a time: is each caught?")
+    parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
+    return parser
+
+
+def _steps(text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"steps: expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _progress(quiet: bool) -> Any:
+    """Says on a terminal what is being checked, in a line that is written over."""
+    if quiet or not sys.stderr.isatty():
+        return lambda what: None
+    return lambda what: print(f"\r\033[Kchecking {what}", end="", file=sys.stderr, flush=True)
+
+
+def _clear_progress(quiet: bool) -> None:
+    if not quiet and sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _print_in_colour(text: str) -> None:
+    """What went wrong in red, what was caught in green."""
+    from rich.console import Console
+    from rich.text import Text
+
+    styled = Text(text)
+    styled.highlight_regex(r"(?m)^(operator|model ) .*$", "bold")
+    styled.highlight_regex(r"FAIL(ED)?|MISSED", "bold red")
+    styled.highlight_regex(r"caught:", "green")
+    Console(highlight=False).print(styled, soft_wrap=True)

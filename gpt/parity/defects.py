@@ -1,0 +1,393 @@
+"""Known mistakes, seeded one at a time: a check that does not notice them proves nothing.
+
+A defect is data: which text of which reference module is replaced by what, and which check must then name which tensor.
+Most are mistakes that public by-hand code was published with. A text that no longer occurs exactly once in its module
+is an error, so that a defect cannot go stale in silence.
+
+Beside each stands what a common loose test would have said: the same operator with inputs of 0.02 and all-ones upstream
+gradients (a model with 0.02-normal weights), compared with an absolute tolerance of 1e-4.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from gpt.engine import create_engine
+from gpt.errors import UserError, require
+from gpt.options import did_you_mean
+from gpt.parity import check, model, ops
+from gpt.parity.gates import Result
+
+
+@dataclass(frozen=True)
+class Defect:
+    """`old`, which occurs once in reference/`module`.py, becomes `new`; then `check` must fail first at `tensor`."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    check: str  # an operator's row, or a model: "model tied"
+    tensor: str
+
+    def altered_source(self) -> str:
+        """The module's source with the defect. ValueError where the text is not there exactly once."""
+        source = inspect.getsource(self._module())
+        if source.count(self.old) != 1:
+            raise ValueError(
+                f"defect {self.name!r}: its text occurs {source.count(self.old)} times in reference/{self.module}.py, "
+                f"expected once: {self.old.strip()}"
+            )
+        return source.replace(self.old, self.new)
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """The module with the defect, for all who use it, until the context ends."""
+        module = self._module()
+        code = compile(self.altered_source(), str(module.__file__), "exec")
+        sound = dict(vars(module))
+        try:
+            exec(code, vars(module))
+            yield
+        finally:
+            vars(module).clear()
+            vars(module).update(sound)
+
+    def _module(self) -> ModuleType:
+        return importlib.import_module(f"reference.{self.module}")
+
+
+DEFECTS: tuple[Defect, ...] = tuple(
+    Defect(*fields)
+    for fields in (
+        (
+            "missing transpose, hidden by a reshape", "linear",
+            "np.matmul(dy_rows.T, x_rows, out=out)",
+            "np.matmul(x_rows.T, dy_rows).reshape(weight.shape)",
+            "linear", "dweight",
+        ),
+        (
+            "bias gradient not summed over one axis", "linear",
+            "pieces.sum_rows(dy_rows)",
+            "pieces.sum_rows(dy_rows[:: dy.shape[-2]] if dy.ndim > 2 else dy_rows)",
+            "linear", "dbias",
+        ),
+        (
+            "bias left out", "linear",
+            "        y += bias\n", "        y += 0 * bias\n",
+            "linear", "dbias",
+        ),
+        (
+            "rows of a repeated id not added up", "embedding",
+            "np.add.reduceat(dy.reshape(-1, shape[1])[order], starts, axis=0)",
+            "dy.reshape(-1, shape[1])[order][starts]",
+            "embedding", "dweight",
+        ),
+        (
+            "tied head counted once", "embedding",
+            "dweight[ids_sorted[starts]] += np", "dweight[ids_sorted[starts]] = np",
+            "model tied", "tok_emb.weight",
+        ),
+        (
+            "layer norm right only at weight 1", "layer_norm",
+            "dx = dy * weight", "dx = dy.copy()",
+            "layer_norm", "dx",
+        ),
+        (
+            "layer norm without its mean term", "layer_norm",
+            "    dx -= dx.mean(axis=-1, keepdims=True)\n", "",
+            "layer_norm", "dx",
+        ),
+        (
+            "layer norm without its variance term", "layer_norm",
+            "    dx -= h * g_along_h\n", "",
+            "layer_norm", "dx",
+        ),
+        (
+            "variance over C - 1", "layer_norm",
+            "/ x.shape[-1]  # (..., 1)", "/ max(1, x.shape[-1] - 1)",
+            "layer_norm", "dx",
+        ),
+        (
+            "two digits of GELU's constant swapped", "gelu",
+            "A = 0.044715", "A = 0.044175",
+            "gelu-tanh", "y",
+        ),
+        (
+            "inner derivative without its factor 3", "gelu",
+            "dx *= 6 * A * C", "dx *= 2 * A * C",
+            "gelu-tanh", "dx",
+        ),
+        (
+            "normal density without its 2", "gelu",
+            "dx *= 1 / math.sqrt(2 * math.pi)", "dx *= 1 / math.sqrt(math.pi)",
+            "gelu", "dx",
+        ),
+        (
+            "scores not scaled", "attention",
+            "        s *= scale\n", "",
+            "attention", "dq",
+        ),
+        (
+            "gradients of q and k not scaled", "attention",
+            "        dp *= scale\n", "",
+            "attention", "dq",
+        ),
+        (
+            "softmax backward without its row sum", "attention",
+            '        dp -= np.einsum("hts,hts->ht", dp, p)[..., None]\n', "",
+            "attention", "dq",
+        ),
+        (
+            "mask hides a query's own key", "attention",
+            "np.arange(S) > np.arange(S - T, S)", "np.arange(S) >= np.arange(S - T, S)",
+            "attention", "y",
+        ),
+        (
+            "mask shows one future key", "attention",
+            "np.arange(S) > np.arange(S - T, S)", "np.arange(S) > 1 + np.arange(S - T, S)",
+            "attention", "y of earlier queries",
+        ),
+        (
+            "mask counts queries from the first key", "attention",
+            "np.arange(S - T, S)", "np.arange(T)",
+            "attention-past", "y of earlier queries",
+        ),
+        (
+            "one head of each group counted", "attention",
+            "dk.sum(axis=2)", "dk[:, :, 0]",
+            "attention-grouped", "dk",
+        ),
+        (
+            "attention dropout not in dp", "attention",
+            "            dp *= keep[0]\n", "",
+            "attention-dropout", "dq",
+        ),
+        (
+            "dv from weights before dropout", "attention",
+            "dv = dropped.swapaxes", "dv = p.swapaxes",
+            "attention-dropout", "dv",
+        ),
+        (
+            "dropout not rescaled", "dropout",
+            "dx *= 1 / (1 - rate)", "dx *= 1 - rate",
+            "dropout", "y",
+        ),
+        (
+            "loss's mean over all targets", "cross_entropy",
+            "losses.dtype.type(max(1, len(counted)))", "losses.dtype.type(target.size)",
+            "cross_entropy-ignored", "dlogits",
+        ),
+        (
+            "gradient's mean over all targets", "cross_entropy",
+            "dloss / max(1, len(counted))", "dloss / len(x)",
+            "cross_entropy-ignored", "dlogits",
+        ),
+        (
+            "target off by one", "cross_entropy",
+            "dx[counted, chosen] -=", "dx[counted, chosen - 1] -=",
+            "cross_entropy", "dlogits",
+        ),
+        (
+            "largest logit not taken out", "cross_entropy",
+            "m[:] = x.max(axis=-1, keepdims=True)", "m[:] = 0",
+            "cross_entropy", "dlogits",
+        ),
+        (
+            "forgotten residual, forward", "model",
+            'x + attend(i, norm(f"blocks.{i}.norm1", x))', 'attend(i, norm(f"blocks.{i}.norm1", x))',
+            "model tied", "blocks.0.shortcut1",
+        ),
+        (
+            "forgotten residual, backward", "model",
+            'dx += norm(f"blocks.{i}.norm2"', 'dx = norm(f"blocks.{i}.norm2"',
+            "model tied", "d.blocks.1.shortcut1",
+        ),
+        (
+            "mask shared by two places", "model",
+            'drop(f"{name}.dropout", i, philox.MLP_SHORTCUT', 'drop(f"{name}.dropout", i, philox.ATTENTION_SHORTCUT',
+            "model tied", "blocks.0.mlp.dropout",
+        ),
+        (
+            "mask shared by all layers", "model",
+            "noise(i, philox.ATTENTION", "noise(0, philox.ATTENTION",
+            "model tied", "blocks.1.attn.heads",
+        ),
+        (
+            "key's share of dx forgotten", "model",
+            'dx += project(f"{name}.key", dk)', 'project(f"{name}.key", dk)',
+            "model tied", "d.blocks.1.norm1",
+        ),
+        (
+            "heads not transposed back", "model",
+            "part.transpose(0, 2, 1, 3).reshape(B, T, -1) for", "part.reshape(B, T, -1) for",
+            "model tied", "d.blocks.1.attn.value",
+        ),
+        (
+            "position gradient of one example only", "model",
+            "dx.sum(axis=0)", "dx[0]",
+            "model tied", "d.pos_emb",
+        ),
+        (
+            "norm_eps ignored", "model",
+            ", config.norm_eps)", ")",
+            "model untied", "blocks.0.norm1",
+        ),
+        (
+            "micro-batches not added up", "model",
+            "grads[name] += gradient", "grads[name] = gradient",
+            "model tied", "norm",
+        ),
+        (
+            "no bias correction of m", "optim",
+            "lr / (1 - b1**self.steps)", "lr",
+            "model tied", "tok_emb.weight",
+        ),
+        (
+            "no bias correction of v", "optim",
+            "1 / math.sqrt(1 - b2**self.steps)", "1.0",
+            "model tied", "tok_emb.weight",
+        ),
+        (
+            "eps forgotten", "optim",
+            "            g += self.eps\n", "",
+            "model tied", "tok_emb.weight",
+        ),
+        (
+            "decay not times the learning rate", "optim",
+            "1 - lr * self.weight_decay", "1 - self.weight_decay",
+            "model tied", "tok_emb.weight",
+        ),
+        (
+            "decay of vectors too", "optim",
+            'self.decay == "all" or w.ndim >= 2', "True",
+            "model tied", "blocks.0.norm1.weight",
+        ),
+        (
+            "norm without its square root", "optim",
+            "return math.sqrt(total)", "return total",
+            "model tied", "norm",
+        ),
+        (
+            "clipped without PyTorch's 1e-6", "optim",
+            "(norm + 1e-6)", "norm",
+            "model tied", "tok_emb.weight",
+        ),
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a seeded defect: the first result that failed, and whether the loose test noticed too."""
+
+    defect: Defect
+    result: Result | None
+    loose: bool
+
+    @property
+    def caught(self) -> bool:
+        return self.result is not None and self.result.tensor == self.defect.tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """All outcomes; passed where each defect was caught."""
+
+    outcomes: list[Outcome]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.outcomes) and all(outcome.caught for outcome in self.outcomes)
+
+    def to_json(self) -> str:
+        """One object: passed, and for each defect its text, what caught it, and whether the loose test would have."""
+        outcomes = [
+            {
+                **vars(outcome.defect),
+                "caught": outcome.caught,
+                "caught_by": outcome.result and outcome.result.to_dict(),
+                "loose_test": outcome.loose,
+            }
+            for outcome in self.outcomes
+        ]
+        return json.dumps({"passed": self.passed, "defects": outcomes}, indent=1)
+
+
+def run(names: Sequence[str] = (), progress: Callable[[str], None] = lambda what: None) -> Report:
+    """Seed the defects of these layers, modules or rows, or all of them. UserError for a name that has none."""
+    require("torch", extra="torch")
+    known = {name for defect in DEFECTS for name in (defect.module, defect.check)}
+    for name in names:
+        if name not in known:
+            raise UserError(f"{name}: no defects are known of it{did_you_mean(name, known)}")
+    chosen = [defect for defect in DEFECTS if not names or {defect.module, defect.check} & set(names)]
+    outcomes = []
+    with check.one_thread():
+        for defect in chosen:
+            progress(defect.name)
+            outcomes.append(seed(defect))
+    return Report(outcomes)
+
+
+def seed(defect: Defect) -> Outcome:
+    """Run the check that must notice the defect, up to its first failure, and the loose test."""
+    sound = loose_test(defect.check)
+    with defect.seeded(), np.errstate(all="ignore"):
+        result = next((result for result in _results(defect.check) if not result.passed), None)
+        defective = loose_test(defect.check)
+    noticed = any(not np.allclose(defective[name], sound[name], rtol=0, atol=1e-4) for name in sound)
+    return Outcome(defect, result, noticed)
+
+
+def _results(name: str) -> Iterator[Result]:
+    """A check's results in order, a model's traces first: they say where it begins."""
+    if name.startswith("model "):
+        for function in (model.trace, model.gradients, model.optimizer, model.differences):
+            yield from function(name.removeprefix("model "))
+    else:
+        yield from check.operator_results(ops.ROWS[name], {})
+
+
+def loose_test(name: str) -> dict[str, np.ndarray]:
+    """What the loose test compares: an operator's result and gradients, or a model's gradients and a step's result."""
+    if name.startswith("model "):
+        config = model.CONFIGS[name.removeprefix("model ")]
+        rng = np.random.default_rng(0)
+        params = {tensor: rng.normal(0, 0.02, shape) for tensor, shape in config.parameter_shapes().items()}
+        engine = create_engine("numpy", config, params, dtype="float64")
+        engine.accumulate(model.batch(config))
+        gradients = {f"d{tensor}": gradient.copy() for tensor, gradient in engine.gradients().items()}
+        engine.step(1e-5)
+        return gradients | engine.parameters()
+    row = ops.ROWS[name]
+    problem = row.problem(next(case for case in row.cases if len(case.size) > 1 and min(case.size) > 1))
+    small = {tensor: 0.02 * value for tensor, value in problem.inputs().items()}
+    return ops.Problem(row, "rows", {**problem.arguments, **small}, np.ones_like(problem.dy)).run()
+
+
+def render(report: Report) -> str:
+    """A few lines a defect: what was altered, and what caught it."""
+    lines = []
+    for outcome in report.outcomes:
+        defect = outcome.defect
+        lines.append(f"{defect.name}  (reference/{defect.module}.py)")
+        lines += [f"    - {line.strip()}" for line in defect.old.strip().splitlines()]
+        lines += [f"    + {line.strip()}" for line in defect.new.strip().splitlines()]
+        found = str(outcome.result) if outcome.result else "nothing"
+        if outcome.caught:
+            lines.append(f"    caught: {found}")
+        else:
+            lines.append(f"    MISSED: {defect.check} must name {defect.tensor}, it found {found}")
+        lines.append(f"    a loose test {'catches it too' if outcome.loose else 'misses it'}")
+    caught = sum(outcome.caught for outcome in report.outcomes)
+    loose = sum(outcome.loose for outcome in report.outcomes)
+    return "\n".join([*lines, "", f"{caught} of {len(report.outcomes)} defects caught; a loose test catches {loose}"])

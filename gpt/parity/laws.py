@@ -1,0 +1,92 @@
+"""Laws that a layer obeys whatever its inputs are, so that no other implementation is needed to know.
+
+A law takes a problem, in float64, and gives measures: what was measured, the error, the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gpt.parity.ops import Problem
+
+Measure: TypeAlias = tuple[str, float, float]
+Law: TypeAlias = "Callable[[Problem], Iterator[Measure]]"
+
+EXACT = 1e-12  # of float64 identities, relative to the largest entry
+DIFFERENCES = 1e-7  # of central differences in float64
+
+
+def relative(error: np.ndarray | float, size: np.ndarray | float) -> float:
+    """Largest absolute entry of `error` over that of `size`; where that is 0, nothing but an error of 0 is small."""
+    error, size = (float(np.max(np.abs(array), initial=0.0)) for array in (error, size))
+    return error / size if size else (0.0 if error == 0 else np.inf if error > 0 else np.nan)
+
+
+def adjoint(problem: Problem) -> Iterator[Measure]:
+    """<dy, J v> = <J^T dy, v>: a derivative along a random direction, J v, is what the gradients say it is."""
+    rng = np.random.default_rng(1)
+    inputs, gradients = problem.inputs(), problem.run()
+    step = problem.step()
+    direction = {name: rng.normal(size=x.shape) for name, x in inputs.items()}
+    plus, minus = (
+        problem.replace(**{name: x + sign * step * direction[name] for name, x in inputs.items()}).forward()
+        for sign in (1, -1)
+    )
+    along = np.sum(problem.dy * (plus - minus)) / (2 * step)
+    products = np.concatenate([(gradients[f"d{name}"] * direction[name]).ravel() for name in inputs])
+    yield "<dy, J v>", relative(along - products.sum(), np.abs(products).sum()), DIFFERENCES
+
+
+def key_shift(problem: Problem) -> Iterator[Measure]:
+    """Rows of ds sum to 0, so that a vector added to all keys, such as a bias, receives no gradient."""
+    dk = problem.run()["dk"]
+    yield "dk summed over keys", relative(dk.sum(axis=2), np.abs(dk).sum(axis=2)), EXACT
+
+
+def causality(problem: Problem) -> Iterator[Measure]:
+    """Other keys and values at the last position change nothing for the queries before it, not one bit."""
+    k, v = problem.arguments["k"].copy(), problem.arguments["v"].copy()
+    k[:, :, -1] += 3.0
+    v[:, :, -1] -= 2.0
+    before, after = problem.forward()[:, :, :-1], problem.replace(k=k, v=v).forward()[:, :, :-1]
+    yield "y of earlier queries", float(np.count_nonzero(before != after)), 0.0
+
+
+def orthogonal_to_constants(problem: Problem) -> Iterator[Measure]:
+    """The same number added to a whole row does not reach y: dx sums to 0 in each row."""
+    dx = problem.run()["dx"]
+    size = np.abs(problem.dy * problem.arguments["weight"]).sum() / _deviation(problem).min()
+    yield "dx summed over a row", relative(dx.sum(axis=-1), size), EXACT
+
+
+def orthogonal_to_normalized(problem: Problem) -> Iterator[Measure]:
+    """Nor does a stretched row, if only eps is nothing beside its variance: dx is orthogonal to x-hat."""
+    x = problem.arguments["x"]
+    dx = problem.replace(eps=1e-30).run()["dx"]
+    deviation = _deviation(problem)
+    normalized = (x - x.mean(axis=-1, keepdims=True)) / deviation
+    size = np.abs(problem.dy * problem.arguments["weight"]).sum() / deviation.min()
+    yield "dx along x-hat", relative((dx * normalized).sum(axis=-1), size), EXACT
+
+
+def _deviation(problem: Problem) -> np.ndarray:
+    x = problem.arguments["x"]
+    return np.sqrt(x.var(axis=-1, keepdims=True) + np.finfo(x.dtype).tiny)
+
+
+def odd_part(problem: Problem) -> Iterator[Measure]:
+    """y(x) - y(-x) = x, and so dx(x) + dx(-x) = dy."""
+    x = problem.arguments["x"]
+    here, there = problem.run(), problem.replace(x=-x).run()
+    yield "y(x) - y(-x)", relative(here["y"] - there["y"] - x, x), EXACT
+    yield "dx(x) + dx(-x)", relative(here["dx"] + there["dx"] - problem.dy, problem.dy), EXACT
+
+
+def logit_shift(problem: Problem) -> Iterator[Measure]:
+    """A number added to all logits of a row changes nothing: dlogits sums to 0 in each row."""
+    dlogits = problem.run()["dlogits"]
+    yield "dlogits summed over a row", relative(dlogits.sum(axis=-1), np.abs(dlogits).sum(axis=-1)), EXACT

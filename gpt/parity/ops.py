@@ -1,0 +1,277 @@
+"""The table of operators: a row a layer, from which the checks, the tests and the benchmarks know all they need.
+
+Because the twins of a layer have the same face, `forward(**arguments)` and `backward(dy, saved)`, a row holds no code
+that runs a layer: only how its arguments are drawn, at which sizes, and which laws it obeys. A new layer is a row.
+
+What is drawn makes mistakes show: upstream gradients are random (gradients of layer norm and softmax vanish under
+constant ones), axes have different sizes without a common factor (so that a missing transpose cannot fit), and weights
+and biases are neither 0, nor 1, nor small (so that a term that they multiply cannot hide).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gpt.errors import UserError, require
+from gpt.parity import laws
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs. What `size` means is up to the row; `scale` multiplies all inputs that are no parameters."""
+
+    size: tuple[int, ...]
+    layout: str = "rows"  # how arrays lie in memory: rows, transposed, or sliced from larger ones
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.size))
+        more = [self.layout] * (self.layout != "rows") + [f"{self.scale:g}"] * (self.scale != 1)
+        return " ".join([size, *more])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator: a layer with some of its settings."""
+
+    name: str
+    layer: str  # the module, in reference and in every package of twins
+    draw: Callable[[np.random.Generator, Case], dict[str, Any]]  # the arguments of forward, in order
+    gradients: tuple[str, ...]  # the arguments whose gradients backward returns, in order
+    cases: tuple[Case, ...]
+    rounding: tuple[Case, ...]  # where rounding is measured: large enough for its average to mean something
+    laws: tuple[laws.Law, ...]
+    gradient_factor: float = 2.0  # how many times PyTorch's own rounding error a gradient may have
+
+    def twin(self, package: str = "reference") -> ModuleType:
+        """The module that implements this layer in a package. Looked up anew, so that it may be swapped."""
+        return importlib.import_module(f"{package}.{self.layer}")
+
+    def problem(self, case: Case, dtype: type = np.float64, number: int = 0) -> Problem:
+        """Arguments and an upstream gradient, the same ones each time; other ones for another `number`."""
+        rng = np.random.default_rng([zlib.crc32(f"{self.name} {case}".encode()), number])
+        arguments = self.draw(rng, case)
+        y = np.asarray(self.twin().forward(**arguments)[0])
+        return Problem(self, case.layout, arguments, rng.normal(size=y.shape) + 0.3).cast(dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a layer is run on: arguments by name, and dy, the upstream gradient."""
+
+    row: Row
+    layout: str
+    arguments: dict[str, Any]
+    dy: np.ndarray
+
+    def cast(self, dtype: type) -> Problem:
+        """The same values rounded to `dtype`, in the same layout."""
+        arguments = {
+            name: _lay_out(value.astype(dtype), self.layout) if _is_float(value) else value
+            for name, value in self.arguments.items()
+        }
+        return dataclasses.replace(self, arguments=arguments, dy=_lay_out(self.dy.astype(dtype), self.layout))
+
+    def replace(self, **arguments: Any) -> Problem:
+        return dataclasses.replace(self, arguments={**self.arguments, **arguments})
+
+    def inputs(self) -> Arrays:
+        """The arguments that are differentiated, without those that are None."""
+        return {name: self.arguments[name] for name in self.row.gradients if self.arguments[name] is not None}
+
+    def step(self) -> float:
+        """How far apart central differences are taken: for all inputs alike, the largest sets how y is rounded."""
+        return 1e-5 * max(float(np.abs(x).max()) for x in self.inputs().values())
+
+    def forward(self) -> np.ndarray:
+        return self.row.twin().forward(**self.arguments)[0]
+
+    def run(self) -> Arrays:
+        """The layer's result "y" and its gradients "dx" for each differentiated argument "x"."""
+        y, saved = self.row.twin().forward(**self.arguments)
+        gradients = self.row.twin().backward(self.dy, saved)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        named = zip(self.row.gradients, gradients, strict=True)
+        return {"y": y} | {f"d{name}": gradient for name, gradient in named if gradient is not None}
+
+    def run_torch(self) -> Arrays:
+        """The same from PyTorch's own operator and its automatic differentiation."""
+        torch = require("torch", extra="torch")
+        ops = importlib.import_module("gpt.ops")
+        operator = getattr(ops, self.row.layer, None) or getattr(torch.nn.functional, self.row.layer)
+        arguments = {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype != bool else value
+            for name, value in self.arguments.items()
+        }
+        inputs = {name: arguments[name].requires_grad_() for name in self.inputs()}
+        # In float64, the truth: fused attention leaves rounding where a gradient is exactly 0.
+        backends = torch.nn.attention.SDPBackend
+        choice = [backends.MATH] if self.dy.dtype == np.float64 else [backends.FLASH_ATTENTION, backends.MATH]
+        with torch.nn.attention.sdpa_kernel(choice):
+            y = operator(*arguments.values())
+            gradients = torch.autograd.grad(y, list(inputs.values()), torch.from_numpy(self.dy))
+        named = zip(inputs, gradients, strict=True)
+        return {"y": y.detach().numpy()} | {f"d{name}": gradient.numpy() for name, gradient in named}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def _lay_out(array: np.ndarray, layout: str) -> np.ndarray:
+    """A copy of the values: in rows, with reversed axes in memory, or with gaps of NaN, poison to who reads them."""
+    array = np.asarray(array)
+    if layout == "transposed":
+        return array.copy(order="F")
+    if layout == "sliced" and array.ndim:
+        view = np.full([2 * n + 1 for n in array.shape], np.nan, array.dtype)[(slice(1, None, 2),) * array.ndim]
+        view[...] = array
+        return view
+    return array.copy(order="C")
+
+
+# How arguments are drawn.
+
+
+def values(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> np.ndarray:
+    """Activations: not centred, so that a mean is not 0."""
+    return case.scale * (1.3 * rng.normal(size=shape) + 0.4)
+
+
+def weights(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Parameters, of size 0.4 to 2 and either sign."""
+    return rng.uniform(0.4, 2, shape) * rng.choice([-1, 1], shape)
+
+
+def embedding(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    V, C, *shape = case.size
+    return {"ids": rng.integers(0, V, shape), "weight": case.scale * weights(rng, V, C)}
+
+
+def linear(rng: np.random.Generator, case: Case, bias: bool = True) -> dict[str, Any]:
+    O, *shape = case.size  # noqa: E741
+    x = values(rng, tuple(shape), case)
+    return {"x": x, "weight": weights(rng, O, shape[-1]), "bias": weights(rng, O) if bias else None}
+
+
+def layer_norm(rng: np.random.Generator, case: Case, bias: bool = True) -> dict[str, Any]:
+    C = case.size[-1]
+    x = values(rng, case.size, case)
+    return {"x": x, "weight": weights(rng, C), "bias": weights(rng, C) if bias else None, "eps": 1e-3}
+
+
+def gelu(rng: np.random.Generator, case: Case, approximate: str) -> dict[str, Any]:
+    return {"x": values(rng, case.size, case), "approximate": approximate}
+
+
+def attention(rng: np.random.Generator, case: Case, causal: bool = True, rate: float = 0.0) -> dict[str, Any]:
+    B, H, G, T, S, D = case.size
+    q, k, v = (values(rng, shape, case) for shape in ((B, H, T, D), (B, G, S, D), (B, G, S, D)))
+    noise = (int(rng.integers(1 << 62)), 3 * H) if rate else None
+    return {"q": q, "k": k, "v": v, "causal": causal, "scale": None, "rate": rate, "noise": noise}
+
+
+def dropout(rng: np.random.Generator, case: Case, rate: float) -> dict[str, Any]:
+    """A mask is drawn for vectors, which have no counter-based one: that needs two axes."""
+    x = values(rng, case.size, case)
+    noise = (int(rng.integers(1 << 62)), 5) if x.ndim > 1 else rng.random(x.shape) >= rate
+    return {"x": x, "rate": rate, "noise": noise}
+
+
+def cross_entropy(rng: np.random.Generator, case: Case, ignored: float = 0.0) -> dict[str, Any]:
+    """`ignored`: the share of targets that do not count."""
+    *shape, V = case.size
+    targets = rng.integers(0, V, shape)
+    targets.flat[: math.ceil(ignored * targets.size)] = -100
+    return {"logits": values(rng, case.size, case), "targets": rng.permutation(targets), "ignore_index": -100}
+
+
+# Sizes: one row, one column, ranks 1 to 4, no multiple of a block, other layouts, values of +-1e4.
+SHAPES = (
+    *map(Case, [(37,), (1, 19), (23, 1), (5, 7), (3, 5, 11), (2, 3, 5, 7), (67, 131)]),
+    Case((13, 29), "transposed"),
+    Case((3, 7, 10), "transposed"),
+    Case((13, 29), "sliced"),
+    Case((5, 7, 9), "sliced"),
+    Case((7, 11), scale=1e4),
+)
+LARGE_SHAPES = (Case((67, 259)), Case((3, 65, 127)), Case((129, 64), scale=1e4))
+LINEAR = (*(dataclasses.replace(case, size=(6, *case.size)) for case in SHAPES), Case((1, 5, 7)), Case((130, 67, 3)))
+LARGE_LINEAR = (Case((131, 67, 259)), Case((77, 3, 65, 127)), Case((67, 129, 64), scale=1e4))
+EMBEDDING = (
+    *map(Case, [(7, 5, 11), (1, 3, 4), (6, 1, 13), (11, 5, 2, 3), (5, 7, 2, 3, 4), (3, 2, 1), (131, 67, 3, 65)]),
+    Case((13, 29, 31), "transposed"),
+    Case((13, 29, 31), "sliced"),
+    Case((7, 5, 11), scale=1e4),
+)
+LARGE_EMBEDDING = (Case((67, 129, 3, 127)),)
+TARGETS = SHAPES[1:]  # PyTorch's operator wants a row at least
+
+
+def _lengths(H: int, G: int, past: int = 0) -> tuple[Case, ...]:
+    """Attention's cases: sequence lengths and head dimensions around block sizes; S = T + past."""
+    sizes = [(1, 32), (2, 54), (63, 64), (64, 96), (65, 128), (127, 32), (11, 1), (7, 4)]
+    cases = [Case((1 if T > 7 else 5, H, G, T, T + past, D)) for T, D in sizes]
+    small = (2, H, G, 5, 5 + past, 7)
+    return (*cases, Case(small, "transposed"), Case(small, "sliced"), Case(small, scale=1e4))
+
+
+def _large(H: int, G: int, past: int = 0) -> tuple[Case, ...]:
+    return (Case((2, H, G, 127, 127 + past, 54)), Case((1, H, G, 65, 65 + past, 128)))
+
+
+# More keys than queries, as when the past is kept; and more queries than keys, so that some see no key at all.
+PAST = (*_lengths(3, 3, past=4), Case((2, 3, 3, 1, 65, 32)), Case((2, 3, 3, 7, 4, 5)), Case((2, 3, 3, 65, 63, 32)))
+
+ADJOINT = (laws.adjoint,)
+SHIFT, CAUSAL = (laws.adjoint, laws.key_shift), (laws.adjoint, laws.key_shift, laws.causality)
+ORTHOGONAL = (laws.adjoint, laws.orthogonal_to_constants, laws.orthogonal_to_normalized)
+ODD, LOGITS = (laws.adjoint, laws.odd_part), (laws.adjoint, laws.logit_shift)
+QKV, XWB = ("q", "k", "v"), ("x", "weight", "bias")
+
+# name, layer, arguments, differentiated, cases, cases for rounding, laws, how many times PyTorch's rounding error
+_TABLE: tuple[tuple[Any, ...], ...] = (
+    ("embedding", "embedding", embedding, ("weight",), EMBEDDING, LARGE_EMBEDDING, ADJOINT),
+    ("linear", "linear", linear, XWB, LINEAR, LARGE_LINEAR, ADJOINT),
+    ("linear-no-bias", "linear", partial(linear, bias=False), XWB, LINEAR, LARGE_LINEAR, ADJOINT),
+    ("layer_norm", "layer_norm", layer_norm, XWB, SHAPES, LARGE_SHAPES, ORTHOGONAL),
+    ("layer_norm-no-bias", "layer_norm", partial(layer_norm, bias=False), XWB, SHAPES, LARGE_SHAPES, ORTHOGONAL),
+    ("gelu", "gelu", partial(gelu, approximate="none"), ("x",), SHAPES, LARGE_SHAPES, ODD),
+    ("gelu-tanh", "gelu", partial(gelu, approximate="tanh"), ("x",), SHAPES, LARGE_SHAPES, ODD),
+    ("attention", "attention", attention, QKV, _lengths(3, 3), _large(3, 3), CAUSAL, 3.0),
+    ("attention-full", "attention", partial(attention, causal=False), QKV, PAST, _large(3, 3, 7), SHIFT, 3.0),
+    ("attention-grouped", "attention", attention, QKV, _lengths(6, 3) + _lengths(4, 1), _large(6, 2), CAUSAL, 3.0),
+    ("attention-past", "attention", attention, QKV, PAST, _large(3, 3, 7), CAUSAL, 3.0),
+    ("attention-dropout", "attention", partial(attention, rate=0.3), QKV, _lengths(6, 3, 2), _large(6, 3), CAUSAL, 3.0),
+    ("dropout", "dropout", partial(dropout, rate=0.3), ("x",), SHAPES, LARGE_SHAPES, ADJOINT),
+    ("cross_entropy", "cross_entropy", cross_entropy, ("logits",), TARGETS, LARGE_SHAPES, LOGITS),
+    *(
+        (name, "cross_entropy", partial(cross_entropy, ignored=share), ("logits",), TARGETS, LARGE_SHAPES, LOGITS)
+        for name, share in (("cross_entropy-ignored", 0.4), ("cross_entropy-all-ignored", 1.0))
+    ),
+)
+ROWS: dict[str, Row] = {row[0]: Row(*row) for row in _TABLE}
+
+
+def select(names: list[str]) -> list[Row]:
+    """The rows of these names, or of these layers; all rows where none is named. UserError for an unknown one."""
+    known = {*ROWS, *(row.layer for row in ROWS.values())}
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, sorted(known | {"model"}), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from model, {', '.join(sorted(known))}"
+            raise UserError(f"{name}: no such operator; {hint}")
+    return [row for row in ROWS.values() if not names or row.name in names or row.layer in names]
