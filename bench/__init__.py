@@ -1,0 +1,1 @@
+"""How fast the engines are: what is timed, against whom, and the results."""

@@ -1,0 +1,130 @@
+"""A training step (forward, backward, clip, AdamW) of the NumPy engine against PyTorch's eager step, on this CPU.
+
+Each engine has a process of its own, so that their thread pools do not disturb each other, and they take their steps in
+turns, so that a machine that slows down slows both. The ratio is taken round by round, and its median is what counts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import results
+from gpt.errors import require
+from reference.config import PRESETS
+
+ENGINES = ("numpy", "torch")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and batch, and the most that the NumPy engine may take of PyTorch's time and memory."""
+
+    preset: str
+    batch: int
+    length: int
+    rounds: int
+    time_target: float
+    memory_target: float = 1.25
+
+
+CASES = {
+    "gpt2-small": Case("gpt2-small", batch=2, length=256, rounds=11, time_target=1.0),
+    "bytes-small": Case("bytes-small", batch=16, length=128, rounds=51, time_target=0.9),
+}
+
+
+class Worker:
+    """An engine in its process, see worker.py."""
+
+    def __init__(self, case: Case, engine: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        config = PRESETS[case.preset].to_dict()
+        self.ask({"config": config, "engine": engine, "batch": case.batch, "length": case.length})
+
+    def ask(self, message: Any) -> Any:
+        """Send one line, wait for one back."""
+        assert self.process.stdin
+        print(json.dumps(message), file=self.process.stdin, flush=True)
+        return self.hear()
+
+    def hear(self) -> Any:
+        """The next line the worker writes."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: a worker ended early with status {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> Any:
+        """End the worker; its last words."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        last = self.hear()
+        self.process.wait()
+        return last
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Times in seconds, memory in bytes, ratios NumPy / PyTorch."""
+    workers = {engine: Worker(case, engine) for engine in ENGINES}
+    times: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+    for _ in track(range(rounds), f"{case.preset}, {case.batch} x {case.length} tokens", transient=True):
+        for engine, worker in workers.items():
+            times[engine].append(worker.ask("step"))
+    peaks = {engine: worker.close()["peak_bytes"] for engine, worker in workers.items()}
+    pairs = [ours["step"] / theirs["step"] for ours, theirs in zip(times["numpy"], times["torch"], strict=True)]
+    return {
+        "preset": case.preset,
+        "batch": case.batch,
+        "length": case.length,
+        "rounds": rounds,
+        "engines": {
+            engine: {part: median(t[part] for t in times[engine]) for part in times[engine][0]}
+            | {"tokens_per_s": case.batch * case.length / median(t["step"] for t in times[engine])}
+            | {"peak_bytes": peaks[engine]}
+            for engine in ENGINES
+        },
+        "time_ratio": median(pairs),
+        "time_ratio_quartiles": quantiles(pairs, n=4)[::2] if rounds > 1 else [pairs[0], pairs[0]],
+        "time_target": case.time_target,
+        "memory_ratio": peaks["numpy"] / peaks["torch"],
+        "memory_target": case.memory_target,
+    }
+
+
+def main(names: list[str], rounds: int, out: Path | None) -> int:
+    """Measure these cases, print the table, write JSON; 0 always: a target missed is shown, it is no failure."""
+    require("torch", extra="torch")
+    measured = {name: measure(CASES[name], rounds or CASES[name].rounds) for name in names}
+    table = Table("case", "engine", "step ms", "gradients ms", "update ms", "tokens/s", "peak MiB", "ratio", "target")
+    for name, case in measured.items():
+        low, high = case["time_ratio_quartiles"]
+        for engine, figures in case["engines"].items():
+            ratio = f"time {case['time_ratio']:.2f} ({low:.2f}-{high:.2f})"
+            other = f"memory {case['memory_ratio']:.2f}"
+            target = case["time_target"] if engine == "numpy" else case["memory_target"]
+            table.add_row(
+                name,
+                engine,
+                *(f"{1e3 * figures[part]:.1f}" for part in ("step", "gradients", "update")),
+                f"{figures['tokens_per_s']:.0f}",
+                f"{figures['peak_bytes'] / 2**20:.0f}",
+                ratio if engine == "numpy" else other,
+                f"<= {target:.2f}",
+            )
+    Console().print(table)
+    if out:
+        results.write(out, "cpu", measured)
+    return 0
