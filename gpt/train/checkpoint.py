@@ -177,9 +177,9 @@ def clean(run_dir: str | Path) -> None:
             # Half-removed, it must not look like a checkpoint.
             path.rename(run_dir / f".{path.name}.{os.getpid()}.tmp")
     for path in run_dir.glob(".*.tmp"):
-        if path.is_dir():
+        if re.fullmatch(r"\.(last|best)-\d+\.\d+\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # atomic_write's
             path.unlink(missing_ok=True)
 
 

@@ -173,7 +173,7 @@ class Trainer:
             kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
             raise NonFiniteError(f"step {self._number(self.step)}: {error}; {kept}") from None
         n_tokens = sum(batch.inputs.size for batch in batches)
-        speed = n_tokens / (time.perf_counter() - started)
+        speed = n_tokens / max(time.perf_counter() - started, 1e-9)
         number = self._number(self.step)
         self.step, self.tokens, self.loss = self.step + 1, self.tokens + n_tokens, loss
         return Row(number, self.step / self.steps_per_epoch, self.tokens, lr, loss, norm, tokens_per_s=speed)

@@ -85,8 +85,9 @@ def test_clean_removes_what_a_killed_process_left(tmp_path):
     shutil.copytree(tmp_path / "last-00000007", tmp_path / "last-00000005")
     (tmp_path / ".log.csv.123.tmp").write_text("half")
     (tmp_path / "notes").mkdir()
+    (tmp_path / ".mine.tmp").mkdir()
     checkpoint.clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last-00000007", "notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "last-00000007", "notes"]
 
 
 def test_full_disk_leaves_the_checkpoint_before(tmp_path):

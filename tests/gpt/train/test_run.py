@@ -75,12 +75,21 @@ def test_a_run_leaves_its_folder(config, tmp_path):
     assert len(heard.lines) == 1 + result.step // 20  # the head, and a sample for each epoch of 20 steps
 
 
-def test_overfits_a_text_to_below_a_half(config):
-    """As the book's small run does: the text is learnt by heart."""
-    options = TrainConfig(steps=160, eval_every=159, sample_every=0)
-    model = {**SMALL, "emb_dim": 32}
-    result = train(replace(config, model=model, train=options), Heard())
+def test_overfits_a_text_and_recites_it(config):
+    """As the book's small run does: the text is learnt by heart, and a sample is found in it word for word."""
+    heard = Heard()
+    config = replace(
+        config,
+        model={**SMALL, "emb_dim": 32, "n_layers": 2},
+        loader=LoaderConfig(batch_size=4, stride=5),
+        optimizer=OptimizerConfig(lr=5e-3),
+        train=TrainConfig(steps=200, eval_every=199, sample_every=200),
+    )
+    result = train(config, heard)
     assert result.train_loss < 0.5
+    sample = heard.lines[-1]
+    assert len(sample) > config.sample_tokens
+    assert sample in TEXT
 
 
 @pytest.mark.parametrize("kind", ["tokens", "folder", "random", "simple-v2", "gpt2"])
