@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from gpt.parity import model, ops
 from gpt.parity.gates import GATES, Result
 
-NUMBER_GATES = ("differences", "laws", "autograd", "float32")  # shown as a number, the others as yes or no
+NUMBER_GATES = ("differences", "laws", "autograd", "rounding")  # shown as a number, the others as yes or no
 
 
 @dataclass
@@ -61,7 +61,7 @@ def run(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold PyTorch to one thread: in one process its pool and NumPy's make each other wait far longer than they work."""
+    """Hold PyTorch to one thread: in one process its pool and NumPy's make each other wait longer than they work."""
     if missing("torch"):
         yield
         return
@@ -141,7 +141,7 @@ def _cell(results: list[Result], gate: str) -> str:
     if not results:
         return ""
     worst = _worst(results)
-    error = f"{worst.error:.1e}" if gate != "float32" else f"{worst.error:.2f}x"
+    error = f"{worst.error:.1e}" if gate != "rounding" else f"{worst.error:.2f}x"
     passed = all(result.passed for result in results)
     return (error if gate in NUMBER_GATES else "yes") if passed else f"FAIL {error}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -17,6 +18,8 @@ PyTorch model against each other, tensor by tensor and step by step. Exit status
 def main(argv: list[str]) -> int:
     """Run the checks that `argv` asks for. Returns 1 if one failed."""
     arguments = _parser().parse_args(argv)
+    # Read by NumPy when it is first imported: these small products gain nothing from threads that wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if arguments.defects:
         from gpt.parity import defects as checks
 

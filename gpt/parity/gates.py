@@ -173,7 +173,7 @@ GATES: dict[str, Gate] = {
         Gate("differences", "1e-7", differences),
         Gate("laws", "1e-12, 1e-7", laws),
         Gate("autograd", "1e-12", autograd, needs="torch"),
-        Gate("float32", "2x PyTorch", rounding, needs="torch"),
+        Gate("rounding", "2x PyTorch", rounding, needs="torch"),
         Gate("repeats", "same bits", repeats),
         Gate("pure", "unchanged", pure),
         Gate("dtype", "kept", dtypes),
