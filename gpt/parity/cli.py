@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import Any
 
-from gpt.errors import UserError
 from gpt.options import Parser
 
 DESCRIPTION = """\
@@ -51,7 +51,7 @@ def _parser() -> Parser:
 
 def _steps(text: str) -> int:
     if not text.isdigit():
-        raise UserError(f"steps: expected a whole number of at least 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
 
 

@@ -107,8 +107,8 @@ class Problem:
         named = zip(self.row.gradients, gradients, strict=True)
         return {"y": y} | {f"d{name}": gradient for name, gradient in named if gradient is not None}
 
-    def run_torch(self) -> Arrays:
-        """The same from PyTorch's own operator and its automatic differentiation."""
+    def torch_operator(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+        """PyTorch's own operator, its arguments in order, and those of them that it differentiates."""
         torch = require("torch", extra="torch")
         ops = importlib.import_module("gpt.ops")
         operator = getattr(ops, self.row.layer, None) or getattr(torch.nn.functional, self.row.layer)
@@ -116,7 +116,12 @@ class Problem:
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype != bool else value
             for name, value in self.arguments.items()
         }
-        inputs = {name: arguments[name].requires_grad_() for name in self.inputs()}
+        return operator, arguments, {name: arguments[name].requires_grad_() for name in self.inputs()}
+
+    def run_torch(self) -> Arrays:
+        """The same as `run` from PyTorch's own operator and its automatic differentiation."""
+        operator, arguments, inputs = self.torch_operator()
+        torch = require("torch", extra="torch")
         # In float64, the truth: fused attention leaves rounding where a gradient is exactly 0.
         backends = torch.nn.attention.SDPBackend
         choice = [backends.MATH] if self.dy.dtype == np.float64 else [backends.FLASH_ATTENTION, backends.MATH]
