@@ -112,6 +112,8 @@ class GPTConfig:
     def replace(self, **changes: Any) -> GPTConfig:
         """This config with some fields changed. A size that was derived from a changed one follows it."""
         derived = {name: 0 for name, value in self._derived().items() if getattr(self, name) == value}
+        if self.emb_dim % self.n_heads:
+            derived.pop("head_dim", None)  # it was given: 7 heads in 384 dimensions derive none
         kept = {**self.to_dict(), **derived}
         if "drop_rate" in changes:
             kept = {name: value for name, value in kept.items() if name not in RATES}

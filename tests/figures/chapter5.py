@@ -131,6 +131,12 @@ def perplexity(layers: Layers) -> float:
     return math.exp(loss(layers))
 
 
+@figure("ch05.generate.untrained")
+def untrained_text(layers: Layers) -> dict[str, Any]:
+    out = generate(seeded_engine(layers.name, BOOK_256), np.array([encode("Every effort moves you")]), Sampling(10))[0]
+    return {"n": len(out), "text": tokenizers.load("gpt2").decode(out)}
+
+
 # Data, and training.
 
 
