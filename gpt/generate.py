@@ -121,7 +121,7 @@ def _stream(engine: Engine, tokens: np.ndarray, sampling: Sampling, generator: G
         new = next_tokens(engine.logits(tokens), sampling, generator)
         if sampling.stop is not None:
             new[~running] = sampling.stop
-            running &= new != sampling.stop
+            running = new != sampling.stop
             if not running.any():
                 return
         yield new

@@ -58,7 +58,7 @@ def reproduce(name: str, reproduction: registry.Reproduction, engine: str | None
             continue
         try:
             ours = reproduction.function(*([engines.layers(column)] if column else []))
-        except (UserError, ImportError) as problem:
+        except UserError as problem:
             shown[column], verdict = str(problem), "not run"
             continue
         shown[column] = short(ours)
@@ -86,4 +86,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as problem:
-        sys.exit(f"error: {problem}")
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

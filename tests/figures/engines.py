@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpt.engine import Engine, OptimizerConfig, create_engine
+from gpt.errors import require
 from reference import GPT, PRESETS, attention, cross_entropy, dropout, embedding, gelu, layer_norm, linear, optim
 from reference.config import GPTConfig
 from reference.init import initialize
@@ -75,11 +76,10 @@ class TorchLayers:
     name = "torch"
 
     def __init__(self) -> None:
-        import torch
-
+        self.torch = require("torch", extra="torch")
         from gpt.ops import TORCH
 
-        self.torch, self.operators = torch, TORCH
+        self.operators = TORCH
 
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
         return self._run(self.torch.nn.functional.linear, x, weight, bias)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt.errors import require
 from reference.config import GPTConfig
 from reference.torch_rng import Generator
 from tests.figures.engines import BOOK_256, Layers, seeded
@@ -15,9 +16,9 @@ from tests.figures.registry import figure
 @figure("rng.numpy_mt19937")
 def differences_from_torch() -> dict[str, float]:
     """Largest differences of our draws from PyTorch's own, each after seed 123."""
-    import torch
+    torch = require("torch", extra="torch")
 
-    def theirs() -> torch.Generator:
+    def theirs() -> Any:
         return torch.Generator().manual_seed(123)
 
     pairs = {

@@ -73,6 +73,11 @@ def test_top_k_keeps_exactly_k_with_ties():
     np.testing.assert_array_equal(p, [0, 0.5, 0.5, 0, 0])
 
 
+def test_of_many_ties_the_lowest_ids_are_kept():
+    p = sample_probabilities(np.zeros(5000), top_k=3)
+    assert np.flatnonzero(p).tolist() == [0, 1, 2]
+
+
 def test_top_k_beyond_the_vocabulary_keeps_all():
     np.testing.assert_array_equal(sample_probabilities(LOGITS, top_k=100), sample_probabilities(LOGITS))
 
