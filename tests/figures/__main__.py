@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gpt.errors import UserError
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
         failed += verdict == "differs"
         entry = registry.FIGURES[name]
         printed = short(entry["printed"]) if entry["printed"] is not None else f"({short(entry['value'])})"
-        table.add_row(name, printed, *shown, " ".join(f"{error:.1e}" for error in errors), verdict)
+        cells = name, printed, *shown, " ".join(f"{error:.1e}" for error in errors), verdict
+        table.add_row(*map(escape, cells))
     print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     print("In brackets: not printed by the source, recorded from a run of PyTorch's. The difference is that from the")
