@@ -26,9 +26,19 @@ def main(out: Path | None) -> int:
         for engine in ENGINES:
             file = Path(folder, engine)
             status = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("test_layers.py")), "-k", engine]
-                + ["--benchmark-enable", "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={file}"]
-                + ["--benchmark-max-time=0.5", "--benchmark-warmup=on", "-p", "no:cacheprovider"]
+                [
+                    *(
+                        sys.executable,
+                        "-m",
+                        "pytest",
+                        "-q",
+                        str(Path(__file__).with_name("test_layers.py")),
+                        "-k",
+                        engine,
+                    ),
+                    *("--benchmark-only", "--benchmark-quiet", f"--benchmark-json={file}"),
+                    *("--benchmark-max-time=0.5", "--benchmark-warmup=on", "-p", "no:cacheprovider"),
+                ]
             ).returncode
             if status:
                 return status
@@ -37,9 +47,7 @@ def main(out: Path | None) -> int:
                 medians.setdefault(name, {})[engine] = benchmark["stats"]["median"]
     table = Table("layer", "numpy ms", "torch ms", "ratio", title="medians")
     for name, row in medians.items():
-        table.add_row(
-            name, *(f"{1e3 * row[engine]:.2f}" for engine in ENGINES), f"{row['numpy'] / row['torch']:.2f}"
-        )
+        table.add_row(name, *(f"{1e3 * row[engine]:.2f}" for engine in ENGINES), f"{row['numpy'] / row['torch']:.2f}")
     Console().print(table)
     if out:
         results.write(out, "layers", medians)
