@@ -117,7 +117,11 @@ class TorchEngine:
     def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:
         def note(name: str, tensor: torch.Tensor) -> None:
             trace(name, tensor.detach().cpu().numpy())
-            tensor.register_hook(lambda gradient: trace(f"d.{name}", gradient.cpu().numpy()))
+
+            def note_gradient(gradient: torch.Tensor) -> None:  # what a hook returns would replace the gradient
+                trace(f"d.{name}", gradient.cpu().numpy())
+
+            tensor.register_hook(note_gradient)
 
         inputs, targets = self._to_device(batch)
         logits = self.model(inputs, noise, note)

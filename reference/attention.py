@@ -35,6 +35,8 @@ def forward(
     """
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
+    if k.shape != (B, G, S, D) or v.shape != k.shape or H % G:
+        raise ValueError(f"k, v: expected both ({B}, G, S, {D}) with G dividing {H}, got {k.shape} and {v.shape}")
     scale = 1 / math.sqrt(D) if scale is None else scale
     q = q.reshape(B, G, H // G, T, D)
     k, v = k[:, :, None], v[:, :, None]  # (B, G, 1, S, D)

@@ -36,8 +36,9 @@ class AdamW:
         self.params, self.lr, self.betas, self.eps = params, lr, betas, eps
         self.weight_decay, self.decay = weight_decay, decay
         self.steps = 0
-        self.m = {name: np.zeros_like(w) for name, w in params.items()}
-        self.v = {name: np.zeros_like(w) for name, w in params.items()}
+        # np.zeros asks for memory that is not there until it is written to: a model that never trains needs none of it.
+        self.m = {name: np.zeros(w.shape, w.dtype) for name, w in params.items()}
+        self.v = {name: np.zeros(w.shape, w.dtype) for name, w in params.items()}
 
     def step(self, grads: Arrays, lr: float | None = None, scale: float = 1.0) -> None:
         """One step along `grads`, each times `scale` (what clipping leaves), at `lr` if given, else at the own one."""
