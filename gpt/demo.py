@@ -26,7 +26,7 @@ class DemoConfig:
 
     data: str = "python-stdlib"
     """A name of the data catalogue, or the path of a text."""
-    steps: int = 300
+    steps: int = 600
     """Training steps of each engine."""
     prompt: str = "def "
     """Where the generated text begins."""
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
         status = _twingrad(
             *("train", "--engine", engine, "--out", str(out / engine), "--data", config.data, "--tokenizer", "bytes"),
             *("--preset", "bytes-small", "--sampling", "random", "--batch_size", "16", "--max_length", "128"),
-            *("--steps", str(config.steps), "--lr", "2e-3", "--warmup_steps", "20", "--eval_every", "50"),
-            *("--model.attn_dropout", "0.05", "--model.shortcut_dropout", "0.05", "--sample_every", "0"),
+            *("--steps", str(config.steps), "--lr", "3e-3", "--warmup_steps", "50", "--sample_every", "0"),
+            *("--eval_every", "25", "--eval_batches", "3", "--model.shortcut_dropout", "0.05"),
         )
     if status:
         return status

@@ -106,8 +106,8 @@ class NumpyEngine:
 def _keep_freed_memory() -> None:
     """Have glibc keep the memory that is freed, instead of returning it to the system after each large array.
 
-    Each step frees and allocates the same few hundred arrays. Returned memory comes back one page fault for each 4 KiB,
-    zeroed each time: for a model of 124M parameters, a quarter of a step.
+    Each step frees and allocates the same few hundred arrays, and returned memory comes back one page fault for each
+    4 KiB, zeroed each time. Measured: an eighth of a step of a model 128 wide, next to nothing for one 768 wide.
     """
     if sys.platform == "linux":
         try:

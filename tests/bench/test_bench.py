@@ -1,0 +1,69 @@
+"""The benchmarks run where there is no GPU, and write what they measured and where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as bench
+from bench import layers, matmul, results
+
+pytest.importorskip("torch")
+
+
+def test_products_are_timed_on_the_cpu_and_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(matmul, "SIZES", (32,))
+    monkeypatch.setattr(matmul, "SECONDS", 0.01)
+    assert bench.main(["matmul", "--out", str(tmp_path / "matmul.json")]) == 0
+    assert "no such device" in capsys.readouterr().out
+    rates = json.loads((tmp_path / "matmul.json").read_text())["cases"]["32"]
+    assert rates["numpy"] > 0
+    assert rates["torch cpu"] > 0
+    assert rates["torch cuda"] is None
+
+
+def test_both_engines_step_in_turns_and_the_results_say_with_what(tmp_path):
+    out = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "bench", "cpu", "bytes-small", "--rounds", "2", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    document = json.loads(out.read_text())
+    case = document["cases"]["bytes-small"]
+    assert document["kind"] == "cpu"
+    assert {"numpy", "torch"} <= set(document["versions"])
+    assert set(case["engines"]) == {"numpy", "torch"}
+    assert case["time_ratio"] > 0
+    assert all(figures["peak_bytes"] > 50 * 2**20 for figures in case["engines"].values())
+
+
+def test_each_layer_has_a_benchmark_that_runs_on_either_engine(tmp_path):
+    out = tmp_path / "layers.json"
+    suite = Path(layers.__file__).with_name("test_layers.py")
+    command = [sys.executable, "-m", "pytest", "-q", str(suite), "-k", "dropout or layer_norm", "--benchmark-enable"]
+    options = [f"--benchmark-json={out}", "--benchmark-min-rounds=1", "--benchmark-max-time=0.01"]
+    subprocess.run(command + options, check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    timed = {(b["params"]["engine"], b["params"]["name"]) for b in json.loads(out.read_text())["benchmarks"]}
+    assert {(engine, name) for engine in ("numpy", "torch") for name in ("dropout", "layer_norm")} <= timed
+
+
+@pytest.mark.parametrize("arguments, expected", [(["cpu", "gpt5"], "gpt5"), (["cpu", "--rounds", "0"], "at least 1")])
+def test_a_mistake_is_one_line(arguments, expected, capsys):
+    assert bench.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_an_unwritable_result_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(matmul, "SIZES", ())
+    (tmp_path / "file").touch()
+    assert bench.main(["matmul", "--out", str(tmp_path / "file" / "result.json")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_surroundings_name_machine_and_versions():
+    assert {"date", "machine", "python", "versions", "commit"} == set(results.surroundings())
