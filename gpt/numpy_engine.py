@@ -36,13 +36,15 @@ class NumpyEngine:
 
     def loss(self, batch: Batch) -> float:
         face.check_batch(batch, self.config)
-        logits, _ = model.forward(self._params, self.config, batch.inputs, keep=False)
-        return float(cross_entropy.forward(logits, batch.targets)[0])
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the loss
+            logits, _ = model.forward(self._params, self.config, batch.inputs, keep=False)
+            return float(cross_entropy.forward(logits, batch.targets)[0])
 
     def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
         face.check_batch(batch, self.config)
-        logits, saved = model.forward(self._params, self.config, batch.inputs, noise)
-        loss, saved_loss = cross_entropy.forward(logits, batch.targets)
+        with np.errstate(over="ignore", invalid="ignore"):
+            logits, saved = model.forward(self._params, self.config, batch.inputs, noise)
+            loss, saved_loss = cross_entropy.forward(logits, batch.targets)
         if not np.isfinite(loss):
             del logits, saved, saved_loss
             raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")

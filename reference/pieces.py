@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache
 
 import numpy as np
@@ -45,7 +46,8 @@ def run(function: Callable[..., None], *arrays: np.ndarray) -> None:
         for start in remaining:
             function(*(array[start : start + step] for array in arrays))
 
-    helpers = [threads.submit(work) for _ in range(threads._max_workers)]
+    # In a copy of the caller's context, so that its np.errstate holds there too.
+    helpers = [threads.submit(copy_context().run, work) for _ in range(threads._max_workers)]
     work()
     for helper in helpers:
         helper.result()

@@ -125,7 +125,7 @@ def get(name: str) -> Path:
         try:
             _download(entry, target)
         except DownloadError as error:
-            raise UserError(f"{error}: or put {entry.file} into a folder and name that in TWINGRAD_DATA") from error
+            raise UserError(f"{error}; or put {entry.file} into a folder and name it in TWINGRAD_DATA") from error
     return target
 
 

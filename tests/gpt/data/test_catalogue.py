@@ -128,7 +128,7 @@ def test_offline_says_where_to_put_the_file(folders, monkeypatch):
         ENTRIES, "mine", Entry("mine", "mine.txt", "", "", ("http://127.0.0.1:9/mine.txt",), 20, "0" * 64)
     )
     with pytest.raises(
-        UserError, match=r"127.0.0.1:9: no connection\): or put mine.txt into .*TWINGRAD_DATA"
+        UserError, match=r"127.0.0.1:9: no connection\); or put mine.txt into .*TWINGRAD_DATA"
     ) as caught:
         get("mine")
     assert "\n" not in str(caught.value)
