@@ -217,8 +217,9 @@ def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
-        if start.startswith(PICKLE_STARTS):
+            start = file.read(9)
+        # A safetensors file begins with the length of its header, any eight bytes, and then the header: {...}.
+        if start.startswith(PICKLE_STARTS) and start[8:] != b"{":
             raise UserError(
                 f"{path}: a pickle, which may run any code when it is loaded; "
                 "expected a .safetensors file or the folder of a run"
