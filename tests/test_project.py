@@ -14,7 +14,7 @@ FOLDERS = {"reference", "kernels", "gpt", "bench", "tests"}
 ARROWS = {
     "reference": set(),
     "kernels": {"torch", "triton"},
-    "gpt": {"reference", "kernels", "torch", "triton", "tensorflow", "transformers"},
+    "gpt": {"reference", "kernels", "torch", "triton", "tensorflow"},
     "bench": {"reference", "kernels", "gpt", "torch", "triton", "transformers"},
 }
 
