@@ -1,0 +1,184 @@
+"""Layer normalization over the last axis, a row a program (Ba, Kiros and Hinton 2016); formulas in reference/layer_norm.py.
+
+forward    mean, rstd = 1 / sqrt(E[(x - mean)^2] + eps) are kept, in the type that kernels compute in; h is computed again
+backward   a few programs for each multiprocessor take rows in turns: dx of a row, and their own sums of dy h and dy,
+           which one column sum then adds up. No two programs write the same number, so the order of sums is fixed.
+
+The same kernels add a residual before they normalize, see add_layer_norm.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import autograd, launch
+from kernels.numerics import rounded, wide
+
+MAX_WIDTH = 16_384  # entries of a row, which a program holds in registers
+
+
+class Saved(NamedTuple):
+    x: torch.Tensor  # (..., C)
+    weight: torch.Tensor  # (C,)
+    bias: torch.Tensor | None
+    mean: torch.Tensor  # (N,), a row each
+    rstd: torch.Tensor  # (N,)
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float = 1e-5
+) -> tuple[torch.Tensor, Saved]:
+    """x (..., C), weight (C,), bias (C,) or None -> y (..., C), saved. C is 16,384 at most."""
+    y, _, mean, rstd = normalize(x, None, weight, bias, eps)
+    return y, Saved(x, weight, bias, mean, rstd)
+
+
+def backward(dy: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dy (..., C) -> dx (..., C), dweight (C,), dbias (C,) or None."""
+    return normalize_backward(dy, None, *saved)
+
+
+# The launches, with a residual or without.
+
+
+def normalize(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """y, x + residual (None without a residual), and mean and rstd (N,) of what was normalized."""
+    launch.check(x=x, residual=residual, weight=weight, bias=bias)
+    C = x.shape[-1]
+    launch.check_size("x: width of a row", C, MAX_WIDTH)
+    x_rows = x.reshape(-1, C).contiguous()
+    dtype, residual_rows, total = x.dtype, None, None
+    if residual is not None:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        residual_rows = residual.reshape(-1, C).contiguous()
+        total = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rstd = (torch.empty(len(x_rows), dtype=launch.wide(dtype), device=x.device) for _ in range(2))
+    launch.launch(
+        forward_kernel,
+        (len(x_rows),),
+        *(x_rows, residual_rows, weight.contiguous(), bias if bias is None else bias.contiguous()),
+        *(y, total, mean, rstd, C),
+        EPS=eps,
+        **launch.row_block(C),
+    )
+    return y, total, mean, rstd
+
+
+def normalize_backward(
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dx, dweight, dbias, x being what was normalized. dtotal: a gradient that reaches x past the normalization."""
+    launch.check(dy=dy, dtotal=dtotal, x=x, weight=weight)
+    C = x.shape[-1]
+    x_rows, dy_rows = (tensor.reshape(-1, C).contiguous() for tensor in (x, dy))
+    dtotal_rows = None if dtotal is None else dtotal.reshape(-1, C).contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs = min(len(x_rows), launch.programs(x.device, 4 if C <= 4096 else 2 if C <= 8192 else 1))
+    sums = torch.empty((2, programs, C), dtype=mean.dtype, device=x.device)
+    launch.launch(
+        backward_kernel,
+        (programs,),
+        *(dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, sums[0], sums[1] if bias is not None else None),
+        *(len(x_rows), C),
+        **launch.row_block(C),
+    )
+    dbias = None if bias is None else sums[1].sum(0).to(bias.dtype)
+    return dx, sums[0].sum(0).to(weight.dtype), dbias
+
+
+# The kernels.
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # (N, C)
+    residual_ptr,  # (N, C) or None
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    y_ptr,  # (N, C)
+    total_ptr,  # (N, C) or None: x + residual
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    C,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least C
+):
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < C
+    start = tl.cast(row, tl.int64) * C
+    x = wide(tl.load(x_ptr + start + columns, mask=inside, other=0))  # (BLOCK,)
+    if residual_ptr is not None:
+        x += wide(tl.load(residual_ptr + start + columns, mask=inside, other=0))
+        total = rounded(x, total_ptr.dtype.element_ty)
+        tl.store(total_ptr + start + columns, total, mask=inside)
+        x = wide(total)  # what is normalized is what is handed on
+    mean = tl.sum(x, axis=0) / C
+    centred = tl.where(inside, x - mean, 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + EPS)
+    y = centred * rstd * wide(tl.load(weight_ptr + columns, mask=inside, other=0))
+    if bias_ptr is not None:
+        y += wide(tl.load(bias_ptr + columns, mask=inside, other=0))
+    tl.store(y_ptr + start + columns, rounded(y, y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,  # (N, C)
+    dtotal_ptr,  # (N, C) or None
+    x_ptr,  # (N, C)
+    weight_ptr,  # (C,)
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    dx_ptr,  # (N, C)
+    dweight_ptr,  # (programs, C), a sum each
+    dbias_ptr,  # (programs, C) or None
+    N,
+    C,
+    BLOCK: tl.constexpr,  # at least C
+):
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < C
+    weight = wide(tl.load(weight_ptr + columns, mask=inside, other=0))  # (BLOCK,)
+    dweight = tl.zeros((BLOCK,), mean_ptr.dtype.element_ty)
+    dbias = tl.zeros((BLOCK,), mean_ptr.dtype.element_ty)
+    for row in range(program, N, tl.num_programs(0)):
+        start = tl.cast(row, tl.int64) * C
+        x = wide(tl.load(x_ptr + start + columns, mask=inside, other=0))
+        dy = wide(tl.load(dy_ptr + start + columns, mask=inside, other=0))
+        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        h = tl.where(inside, (x - mean) * rstd, 0)
+        g = dy * weight
+        g_along_h = tl.sum(g * h, axis=0) / C
+        dx = rstd * (g - tl.sum(g, axis=0) / C - h * g_along_h)
+        if dtotal_ptr is not None:
+            dx += wide(tl.load(dtotal_ptr + start + columns, mask=inside, other=0))
+        tl.store(dx_ptr + start + columns, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
+        dweight += dy * h
+        if dbias_ptr is not None:
+            dbias += dy
+    partial = tl.cast(program, tl.int64) * C + columns
+    tl.store(dweight_ptr + partial, dweight, mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, dbias, mask=inside)
+
+
+operator = autograd.operator(
+    "layer_norm", forward, backward, Saved, gradients=("x", "weight", "bias"), autocast="float32"
+)
