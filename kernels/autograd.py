@@ -2,14 +2,15 @@
 
 A layer module has `forward(*arguments) -> results, saved` and `backward(gradients, saved) -> gradients`; `saved` is a
 NamedTuple `Saved`, whose fields are arguments and results by their names, and what else was computed. From these names
-follow the two custom operators, their schemas, which tensors autograd keeps, and where gradients go. The layer itself is
-also the fake implementation: it allocates what it returns, and launches nothing for tensors without data.
+follow the two custom operators, their schemas, which tensors autograd keeps, and where gradients go. The layer itself
+is also the fake implementation: it allocates what it returns, and launches nothing for tensors without data.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import torch
@@ -35,11 +36,13 @@ def operator(
     saved: type,
     gradients: Sequence[str],
     results: Sequence[str] = ("y",),
+    same: Mapping[str, str] = MappingProxyType({}),
     autocast: str = "",
 ) -> Callable[..., Any]:
     """A function with forward's arguments that returns its results, differentiable in the arguments `gradients`.
 
-    `results` are the names of what forward returns, in order. Under torch.autocast, floating-point tensors are first
+    `results` are the names of what forward returns, in order. `same` says whose gradient is another's, the same tensor,
+    which a custom operator may not return twice. Under torch.autocast, floating-point tensors are first
     cast as PyTorch does for its own operator of this kind: "float32", "lower" (to autocast's type), or "" (left alone).
     """
     arguments, hints = inspect.signature(forward).parameters, get_type_hints(forward)
@@ -55,8 +58,8 @@ def operator(
         """Gradients of the results, then the fields of `saved` -> the gradients that are not None."""
         upstream = values[: len(results)]
         state = saved(*values[len(results) :])
-        found = _as_tuple(backward(upstream if len(results) > 1 else upstream[0], state))
-        return [gradient for gradient in found if gradient is not None]
+        found = zip(gradients, _as_tuple(backward(upstream if len(results) > 1 else upstream[0], state)), strict=True)
+        return [gradient for argument, gradient in found if gradient is not None and argument not in same]
 
     takes = ", ".join(f"{_SCHEMA_TYPES[hints[argument]]} {argument}" for argument in arguments)
     gives = ", ".join(["Tensor"] * (len(results) + len(computed)))
@@ -82,10 +85,9 @@ def operator(
         tensors = iter(ctx.saved_tensors)
         values = [next(tensors) if other is None else other[0] for other in ctx.others]
         found = iter(backward_op(*upstream[: len(results)], *values))
-        by_name = {
-            argument: next(found) if present else None
-            for argument, present in zip(gradients, ctx.present, strict=True)
-        }
+        by_name: dict[str, torch.Tensor | None] = {}
+        for argument, present in zip(gradients, ctx.present, strict=True):
+            by_name[argument] = by_name[same[argument]] if argument in same else next(found) if present else None
         return tuple(by_name.get(argument) for argument in arguments)
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)

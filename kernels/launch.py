@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,14 +41,21 @@ def check(**tensors: torch.Tensor | None) -> None:
         if tensor.dtype.is_floating_point and tensor.dtype not in allowed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise TypeError(f"{name}: expected one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
-        if any(size > MAX_INDEX for size in tensor.shape):
-            raise ValueError(f"{name}: expected at most {MAX_INDEX} entries along an axis, got {tuple(tensor.shape)}")
+        columns = tensor.shape[-1] if tensor.ndim else 1
+        if columns > MAX_INDEX or tensor.numel() > MAX_INDEX * columns:
+            raise ValueError(f"{name}: expected at most {MAX_INDEX} rows and columns, got shape {tuple(tensor.shape)}")
 
 
 def check_size(name: str, size: int, limit: int) -> None:
     """Raises ValueError where a size, of an argument's axis say, is beyond what a kernel can hold."""
     if size > limit:
         raise ValueError(f"{name}: expected at most {limit}, got {size}")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError where a tensor has another shape than the others ask for."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 @dataclass(frozen=True)
@@ -111,3 +118,14 @@ def row_block(C: int) -> dict[str, int]:
     """BLOCK and num_warps for a program that holds a row of C entries: 8 to 16 of them a thread."""
     BLOCK = max(16, power_of_2(C))
     return {"BLOCK": BLOCK, "num_warps": min(32, max(1, BLOCK // 512))}
+
+
+def tile(C: int) -> dict[str, int]:
+    """ROWS, COLUMNS and num_warps for a program that works on a tile of a matrix with C columns, element by element."""
+    COLUMNS = min(1024, max(16, power_of_2(C)))
+    return {"ROWS": 2048 // COLUMNS, "COLUMNS": COLUMNS, "num_warps": 4}
+
+
+def tiles(rows: torch.Tensor, tile: dict[str, int]) -> tuple[int, int]:
+    """How many tiles cover a matrix, down and across."""
+    return triton.cdiv(rows.shape[0], tile["ROWS"]), triton.cdiv(rows.shape[1], tile["COLUMNS"])

@@ -1,6 +1,6 @@
-"""Layer normalization over the last axis, a row a program (Ba, Kiros and Hinton 2016); formulas in reference/layer_norm.py.
+"""Layer normalization over the last axis, a row a program; the formulas are in reference/layer_norm.py.
 
-forward    mean, rstd = 1 / sqrt(E[(x - mean)^2] + eps) are kept, in the type that kernels compute in; h is computed again
+forward    mean, rstd = 1 / sqrt(E[(x - mean)^2] + eps) are kept, in float32; h is computed again
 backward   a few programs for each multiprocessor take rows in turns: dx of a row, and their own sums of dy h and dy,
            which one column sum then adds up. No two programs write the same number, so the order of sums is fixed.
 
@@ -9,7 +9,7 @@ The same kernels add a residual before they normalize, see add_layer_norm.py.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -61,8 +61,7 @@ def normalize(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(len(x_rows), dtype=launch.wide(dtype), device=x.device) for _ in range(2))
     launch.launch(
-        forward_kernel,
-        (len(x_rows),),
+        *(forward_kernel, (len(x_rows),)),
         *(x_rows, residual_rows, weight.contiguous(), bias if bias is None else bias.contiguous()),
         *(y, total, mean, rstd, C),
         EPS=eps,
@@ -88,11 +87,10 @@ def normalize_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = min(len(x_rows), launch.programs(x.device, 4 if C <= 4096 else 2 if C <= 8192 else 1))
     sums = torch.empty((2, programs, C), dtype=mean.dtype, device=x.device)
+    dweights, dbiases = sums[0], None if bias is None else sums[1]
     launch.launch(
-        backward_kernel,
-        (programs,),
-        *(dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, sums[0], sums[1] if bias is not None else None),
-        *(len(x_rows), C),
+        *(backward_kernel, (programs,)),
+        *(dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, dweights, dbiases, len(x_rows), C),
         **launch.row_block(C),
     )
     dbias = None if bias is None else sums[1].sum(0).to(bias.dtype)

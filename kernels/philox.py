@@ -13,7 +13,7 @@ Noise = tuple[int, int]  # key, index of the first example or head: each of 64 b
 
 
 def arguments(rate: float, noise: Noise | None) -> tuple[int, int, int, float]:
-    """What kernels take: key and first in a signed 64-bit word each, the threshold in a signed 32-bit one, 1 / (1 - rate).
+    """What kernels take: key and first as signed 64-bit words, the threshold as a 32-bit one, and 1 / (1 - rate).
 
     Raises ValueError unless 0 <= rate < 1, TypeError for a noise that is no pair of integers.
     """

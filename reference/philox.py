@@ -56,11 +56,11 @@ def site_key(seed: int, step: int, layer: int, site: int) -> int:
 
 
 def keep_mask(noise: Noise, shape: Sequence[int], rate: float) -> np.ndarray:
-    """Which elements dropout keeps: bool array of `shape` (..., R, C), each True with probability 1 - rate.
+    """Which elements dropout keeps: bool array of `shape` (..., R, C) or (C,), each True with probability 1 - rate.
 
     noise is (key, first), or a bool array of that shape, which is returned as it is. Element (n, r, c), n the flattened
     leading index plus `first`, is decided by word c % 4 of counter (c // 4, r, n), n in two words: kept when the word
-    is at least rate * 2**32. Raises ValueError unless 0 <= rate < 1 and `shape` has two axes or more.
+    is at least rate * 2**32. A vector is one row. Raises ValueError unless 0 <= rate < 1 and `shape` has an axis.
     """
     shape = tuple(shape)
     if isinstance(noise, np.ndarray):
@@ -69,15 +69,15 @@ def keep_mask(noise: Noise, shape: Sequence[int], rate: float) -> np.ndarray:
         return noise
     if not 0 <= rate < 1:
         raise ValueError(f"rate: expected 0 <= rate < 1, got {rate!r}")
-    if len(shape) < 2:
-        raise ValueError(f"shape: expected two axes or more, got {shape}")
+    if not shape:
+        raise ValueError("shape: expected an axis at least, got ()")
     key, first = noise
     _require_word("first", first, bits=64)
     if rate == 0:
         return np.ones(shape, bool)
     threshold = min(2**32 - 1, round(rate * 2**32))
-    *lead, R, C = shape
-    rows, groups = math.prod(lead) * R, -(-C // 4)
+    R, C = (1, *shape)[-2:]
+    rows, groups = math.prod(shape[:-1]), -(-C // 4)
     group = np.arange(groups, dtype=np.uint64)
     keep = np.empty((rows, groups, 4), bool)
     step = max(1, _PIECE // max(1, groups))
@@ -87,7 +87,7 @@ def keep_mask(noise: Noise, shape: Sequence[int], rate: float) -> np.ndarray:
         n += np.uint64(first)
         for i, word in enumerate(philox((group, r, n & _LOW, n >> 32), key)):
             np.greater_equal(word, threshold, out=piece[:, :, i])
-    return keep.reshape(*lead, R, 4 * groups)[..., :C]
+    return keep.reshape(*shape[:-1], 4 * groups)[..., :C]
 
 
 class PhiloxNoise:
