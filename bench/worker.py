@@ -24,7 +24,7 @@ def main() -> None:
     case = json.loads(sys.stdin.readline())
     config = GPTConfig.from_dict(case["config"])
     params = initialize(config, Generator(1), "gpt2")
-    engine = create_engine(case["engine"], config, params, OptimizerConfig(), device="cpu", operators="torch")
+    engine = create_engine(case["engine"], config, params, OptimizerConfig(), device="cpu")
     del params
     rng = np.random.default_rng(0)
 

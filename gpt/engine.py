@@ -123,12 +123,11 @@ def create_engine(
     optimizer: OptimizerConfig | None = None,
     dtype: str = "float32",
     device: str = "auto",
-    operators: str = "auto",
 ) -> Engine:
-    """The engine "numpy" or "torch" holding a copy of `params`; "auto" is torch where it is installed.
+    """The engine "numpy", "torch" or "triton" holding a copy of `params`; "auto" is torch where it is installed.
 
-    `dtype` is float32 or float64. `device` and `operators` (see gpt/ops.py) choose where and on what the torch engine
-    runs; the NumPy engine runs on the CPU.
+    "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype` is float32 or float64. `device` is for all but the
+    NumPy engine, which runs on the CPU.
     """
     if dtype not in ("float32", "float64"):
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
@@ -141,14 +140,14 @@ def create_engine(
         from gpt.numpy_engine import NumpyEngine
 
         return NumpyEngine(config, params, optimizer, dtype)
-    if name == "torch":
+    if name in ("torch", "triton"):
         from gpt.errors import require
 
         require("torch", extra="torch")
         from gpt.torch_engine import TorchEngine
 
-        return TorchEngine(config, params, optimizer, dtype, device, operators)
-    raise UserError(f"engine: {name!r} is not one of numpy, torch, auto")
+        return TorchEngine(config, params, optimizer, dtype, device, operators=name)
+    raise UserError(f"engine: {name!r} is not one of numpy, torch, triton, auto")
 
 
 def check_tokens(tokens: np.ndarray, config: GPTConfig) -> None:

@@ -145,8 +145,8 @@ class GenerateConfig:
     """A run's folder (its best, else its last checkpoint), a checkpoint's folder, or a model's file."""
     prompt: str = ""
     """The text to continue."""
-    engine: Literal["auto", "numpy", "torch"] = "auto"
-    """auto: PyTorch where it is installed, else NumPy."""
+    engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
+    """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     samples: int = 1
     """How many texts; they differ where the temperature is above 0."""
     sampling: Sampling = field(default_factory=Sampling)

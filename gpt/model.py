@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt.ops import Operators, choose
+from gpt.ops import TORCH, Operators
 from reference import philox
 from reference.config import GPTConfig
 
@@ -30,6 +30,10 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.operators.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalized x + residual, and x + residual."""
+        return self.operators.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -90,9 +94,8 @@ class Block(nn.Module):
         y = self.norm1(x)
         trace(f"{name}.norm1", y)
         y = self.drop(f"{name}.attn.dropout", philox.ATTENTION_SHORTCUT, self.attn(y, noise, trace), noise, trace)
-        x = x + y
+        y, x = self.norm2.add(x, y)
         trace(f"{name}.shortcut1", x)
-        y = self.norm2(x)
         trace(f"{name}.norm2", y)
         y = self.drop(f"{name}.mlp.dropout", philox.MLP_SHORTCUT, self.mlp(y, trace), noise, trace)
         x = x + y
@@ -110,9 +113,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`GPTConfig.parameter_shapes` are this module's `state_dict`, in the same order."""
 
-    def __init__(self, config: GPTConfig, operators: str = "auto") -> None:
+    def __init__(self, config: GPTConfig, operators: Operators = TORCH) -> None:
         super().__init__()
-        self.config, self.operators = config, choose(operators)
+        self.config, self.operators = config, operators
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.blocks = nn.ModuleList(Block(config, self.operators, i) for i in range(config.n_layers))
@@ -128,6 +131,14 @@ class GPT(nn.Module):
         `noise(layer, site, shape, rate)` gives the noise of a dropout site (reference/philox.py), None: no dropout.
         `trace(name, tensor)` is called with each tensor in execution order.
         """
+        x = nn.functional.linear(self.hidden(tokens, noise, trace, positions), *self.head_parameters())
+        trace("head", x)
+        return x
+
+    def hidden(
+        self, tokens: torch.Tensor, noise: Any = None, trace: Any = _no_trace, positions: slice = slice(None)
+    ) -> torch.Tensor:
+        """What the head projects to logits, (B, T, C), or that of `positions`; arguments as above."""
         tok, pos = self.tok_emb(tokens), self.pos_emb(torch.arange(tokens.shape[1], device=tokens.device))
         trace("tok_emb", tok)
         trace("pos_emb", pos)
@@ -141,13 +152,12 @@ class GPT(nn.Module):
             x = block(x, noise, trace)
         x = self.final_norm(x[:, positions])
         trace("final_norm", x)
-        if self.config.tie_embeddings:
-            x = nn.functional.linear(x, self.tok_emb.weight)
-        else:
-            x = self.head(x)
-        trace("head", x)
         return x
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, noise: Any = None) -> torch.Tensor:
         """tokens and targets (B, T) -> mean cross entropy of the targets that are not -100."""
-        return self.operators.cross_entropy(self(tokens, noise), targets)
+        return self.operators.linear_cross_entropy(self.hidden(tokens, noise), *self.head_parameters(), targets)
+
+    def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (V, C) and bias (V,) or None of the projection to logits."""
+        return (self.tok_emb.weight, None) if self.config.tie_embeddings else (self.head.weight, self.head.bias)

@@ -1,18 +1,21 @@
-"""The sets of operators that the PyTorch model runs on: PyTorch's own. Model code takes a set and never asks which.
+"""The sets of operators that the PyTorch model runs on: PyTorch's own, and the kernels. Model code never asks which.
 
 The operators have the faces of `reference`'s layers: the same arguments in the same order, without what is saved.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 from reference import philox
 
 
@@ -22,10 +25,12 @@ class Operators:
 
     name: str
     layer_norm: Callable[..., torch.Tensor]  # x, weight, bias, eps
+    add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, bias, eps
     gelu: Callable[..., torch.Tensor]  # x, approximate
     attention: Callable[..., torch.Tensor]  # q, k, v, causal, scale, rate, noise
     dropout: Callable[..., torch.Tensor]  # x, rate, noise
     cross_entropy: Callable[..., torch.Tensor]  # logits, targets, ignore_index
+    linear_cross_entropy: Callable[..., torch.Tensor]  # x, weight, bias, targets, ignore_index
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float = 1e-5) -> torch.Tensor:
@@ -33,9 +38,22 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and residual (..., C), weight (C,), bias (C,) or None -> (y, total) like x."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """x (...), approximate "none" or "tanh" -> like x."""
     return F.gelu(x, approximate=approximate)
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """x (..., C), bias (C,), approximate "none" or "tanh" -> like x."""
+    return gelu(x + bias, approximate)
 
 
 def dropout(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
@@ -75,15 +93,68 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, ignore_index: int = -100
+) -> torch.Tensor:
+    """x (..., C), weight (V, C), bias (V,) or None, targets (...) -> `cross_entropy` of the projection of x."""
+    return cross_entropy(F.linear(x, weight, bias), targets, ignore_index)
+
+
 def _keep(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
     return torch.from_numpy(philox.keep_mask(noise, tuple(x.shape), rate)).to(x.device)
 
 
-TORCH = Operators("torch", layer_norm, gelu, attention, dropout, cross_entropy)
+TORCH = Operators("torch", layer_norm, add_layer_norm, gelu, attention, dropout, cross_entropy, linear_cross_entropy)
 
 
-def choose(name: str = "auto") -> Operators:
-    """The set of this name; "auto" picks the fastest that runs here."""
+def choose(name: str = "auto", device: str | torch.device | None = None) -> Operators:
+    """The set of this name, "torch" or "triton", for a model on this device; "auto" is torch.
+
+    UserError for an unknown name, and where kernels cannot run.
+    """
     if name in ("auto", "torch"):
         return TORCH
-    raise UserError(f"operators: {name!r} is not one of auto, torch")
+    if name != "triton":
+        raise UserError(f"operators: {name!r} is not one of auto, torch, triton")
+    require("triton", extra="torch")
+    from kernels.numerics import INTERPRETED
+
+    device = torch.device(device or "cpu")
+    if device.type != "cuda" and not INTERPRETED.value:
+        raise UserError(
+            f"operators: the kernels need a CUDA GPU, the device is {device.type}; "
+            "with TRITON_INTERPRET=1 in the environment they run on the CPU, slowly, to be checked"
+        )
+    return _triton()
+
+
+def _triton() -> Operators:
+    from kernels import add_layer_norm, attention, cross_entropy, dropout, gelu, layer_norm, linear_cross_entropy
+
+    return Operators(
+        "triton",
+        layer_norm.operator,
+        add_layer_norm.operator,
+        gelu.operator,
+        partial(_with_counters, attention.operator),
+        partial(_with_counters, dropout.operator),
+        cross_entropy.operator,
+        linear_cross_entropy.operator,
+    )
+
+
+def _with_counters(operator: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """An operator whose last argument is noise, which to a kernel is a counter, never a mask."""
+    if isinstance(arguments[-1], np.ndarray):
+        raise UserError("dropout: the kernels compute their masks from counters; choose dropout_source philox")
+    return operator(*arguments)
+
+
+def separate(operators: Operators) -> Operators:
+    """The same set with what it fuses done one by one, so that every tensor and its gradient can be looked at."""
+
+    def add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return operators.layer_norm(total, *rest), total
+
+    return dataclasses.replace(operators, add_layer_norm=add_layer_norm)

@@ -12,13 +12,12 @@ from gpt.devices import available_devices
 from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Trace
 from gpt.errors import UserError
 from gpt.model import GPT
+from gpt.ops import choose, separate
 from reference.config import GPTConfig
 
 
 class TorchEngine:
     """See gpt.engine.Engine."""
-
-    name = "torch"
 
     def __init__(
         self,
@@ -31,8 +30,10 @@ class TorchEngine:
     ) -> None:
         self.config = config
         self.device = _device(device)
+        chosen = choose(operators, self.device)
+        self.name = chosen.name
         with torch.device("meta"):
-            model = GPT(config, operators)
+            model = GPT(config, chosen)
         self.model = model.to_empty(device=self.device).to(getattr(torch, dtype))
         self._params = dict(self.model.named_parameters())
         self.load_parameters(params)
@@ -124,7 +125,9 @@ class TorchEngine:
             tensor.register_hook(note_gradient)
 
         inputs, targets = self._to_device(batch)
-        logits = self.model(inputs, noise, note)
+        with torch.device("meta"):
+            model = GPT(self.config, separate(self.model.operators))
+        logits = torch.func.functional_call(model, self._params, (inputs, noise, note))
         loss = self.model.operators.cross_entropy(logits, targets)
         trace("loss", loss.detach().cpu().numpy())
         torch.autograd.grad(loss, list(self._params.values()))

@@ -45,4 +45,5 @@ operator = autograd.operator(
     gradients=("x", "residual", "weight", "bias"),
     results=("y", "total"),
     same={"residual": "x"},
+    autocast="float32",
 )

@@ -9,7 +9,7 @@ is also the fake implementation: it allocates what it returns, and launches noth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
@@ -96,7 +96,7 @@ def operator(
     def apply(*positional: Any, **named: Any) -> Any:
         bound = signature.bind(*positional, **named)
         bound.apply_defaults()
-        values = [_cast(value, autocast) for value in bound.arguments.values()]
+        values = _cast(bound.arguments.values(), autocast)
         output = _as_tuple(forward_op(*values))[: len(results)]
         return output if len(results) > 1 else output[0]
 
@@ -119,10 +119,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _cast(value: Any, autocast: str) -> Any:
-    if not autocast or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-        return value
-    device = value.device.type
-    if not torch.is_autocast_enabled(device):
-        return value
-    return value.to(torch.float32 if autocast == "float32" else torch.get_autocast_dtype(device))
+def _cast(values: Iterable[Any], autocast: str) -> list[Any]:
+    values = list(values)
+    device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
+    if not autocast or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return values
+    dtype = torch.float32 if autocast == "float32" else torch.get_autocast_dtype(device)
+    is_float = [isinstance(value, torch.Tensor) and value.dtype.is_floating_point for value in values]
+    return [value.to(dtype) if cast else value for value, cast in zip(values, is_float, strict=True)]

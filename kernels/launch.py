@@ -20,7 +20,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(**tensors: torch.Tensor | None) -> None:
-    """Tensors by name that kernels will read. Raises one line that says what was expected and what came.
+    """Tensors by name that kernels will read, the first of them of a floating-point type. Raises one line that says
+    what was expected and what came.
 
     ValueError: on different devices, or too large to index. TypeError: no floating-point type that kernels work in.
     RuntimeError: on the CPU, while triton does not interpret.
@@ -38,7 +39,7 @@ def check(**tensors: torch.Tensor | None) -> None:
         )
     allowed = (*_FLOATS, torch.float64) if INTERPRETED.value else _FLOATS
     for name, tensor in given.items():
-        if tensor.dtype.is_floating_point and tensor.dtype not in allowed:
+        if tensor.dtype not in allowed and (name == first or tensor.dtype.is_floating_point):
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise TypeError(f"{name}: expected one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
         columns = tensor.shape[-1] if tensor.ndim else 1

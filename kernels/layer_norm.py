@@ -52,6 +52,9 @@ def normalize(
     launch.check(x=x, residual=residual, weight=weight, bias=bias)
     C = x.shape[-1]
     launch.check_size("x: width of a row", C, MAX_WIDTH)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            launch.check_shape(name, tensor, (C,))
     x_rows = x.reshape(-1, C).contiguous()
     dtype, residual_rows, total = x.dtype, None, None
     if residual is not None:

@@ -116,8 +116,8 @@ class RunConfig:
     """The model's architecture, a name in reference.config.PRESETS."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of GPTConfig that differ from the preset. The vocabulary size follows the tokenizer unless set here."""
-    engine: Literal["auto", "numpy", "torch"] = "auto"
-    """auto: PyTorch where it is installed, else NumPy."""
+    engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
+    """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters, gradients and moments."""
     init: Literal["book", "gpt2"] = "gpt2"
@@ -136,7 +136,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("engine", ("auto", "numpy", "torch")),
+            ("engine", ("auto", "numpy", "torch", "triton")),
             ("dtype", ("float32", "float64")),
             ("init", ("book", "gpt2")),
         ):

@@ -121,6 +121,10 @@ def test_each_element_is_decided_by_its_own_word(shape, key, first, rate):
     np.testing.assert_array_equal(keep, by_element.reshape(shape))
 
 
+def test_a_vector_is_one_row():
+    np.testing.assert_array_equal(philox.keep_mask((5, 3), (11,), 0.4), philox.keep_mask((5, 3), (1, 11), 0.4)[0])
+
+
 def test_a_word_at_the_threshold_keeps():
     word = int(philox.philox((0, 0, 0, 0), key=1)[0])
     assert philox.keep_mask((1, 0), (1, 1), word / 2**32)
@@ -196,7 +200,7 @@ def test_empty_shapes(shape):
         (lambda: philox.site_key(0, 0, -1, 0), "layer"),
         (lambda: philox.keep_mask((0, -1), (2, 2), 0.1), "first"),
         (lambda: philox.keep_mask((0, 0), (2, 2), 1.0), "rate"),
-        (lambda: philox.keep_mask((0, 0), (2,), 0.1), "shape"),
+        (lambda: philox.keep_mask((0, 0), (), 0.1), "shape"),
         (lambda: philox.keep_mask(np.ones((2, 3), bool), (3, 2), 0.1), "noise"),
     ],
 )

@@ -208,7 +208,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(config, tmp_path, change, m
         (LoaderConfig, "batch_size", 0, "at least 1"),
         (LoaderConfig, "train_fraction", 1.0, "between 0 and 1"),
         (LoaderConfig, "sampling", "all", "windows or random"),
-        (RunConfig, "engine", "jax", "auto or numpy or torch"),
+        (RunConfig, "engine", "jax", "auto or numpy or torch or triton"),
     ],
 )
 def test_impossible_options_are_named(group, option, value, expected):

@@ -1,0 +1,261 @@
+"""The adapter: what PyTorch expects of an operator holds for every kernel, whatever the layer.
+
+What the kernels compute is held against the reference by the table of operators, in tests/gpt/parity.
+"""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from torch.library import opcheck  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from gpt import ops  # noqa: E402
+from kernels import (  # noqa: E402
+    add_layer_norm,
+    attention,
+    autograd,
+    bias_gelu,
+    cross_entropy,
+    dropout,
+    gelu,
+    launch,
+    layer_norm,
+    linear_cross_entropy,
+    philox,
+)
+from reference import philox as reference_philox  # noqa: E402
+
+NOISE = (2**63 - 25, 7)
+
+
+def draw(*shape, dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
+
+
+TARGETS = torch.tensor([[3, 0, -100, 12, 9], [4, 4, 1, -100, 2]])
+# layer -> arguments of its operator
+ARGUMENTS = {
+    layer_norm: lambda: (draw(2, 5, 13), draw(13), draw(13), 1e-5),
+    add_layer_norm: lambda: (draw(2, 5, 13), draw(5, 2, 13).transpose(0, 1), draw(13), draw(13), 1e-5),
+    gelu: lambda: (draw(2, 5, 13), "tanh"),
+    bias_gelu: lambda: (draw(2, 5, 13), draw(13), "none"),
+    dropout: lambda: (draw(2, 5, 13), 0.3, NOISE),
+    attention: lambda: (draw(2, 4, 5, 6), draw(2, 2, 7, 6), draw(2, 2, 7, 6), True, None, 0.3, NOISE),
+    cross_entropy: lambda: (draw(2, 5, 13), TARGETS, -100),
+    linear_cross_entropy: lambda: (draw(2, 5, 6), draw(13, 6), draw(13), TARGETS, -100),
+}
+LAYERS = pytest.mark.parametrize("layer", ARGUMENTS, ids=lambda layer: layer.__name__.removeprefix("kernels."))
+
+
+def name_of(layer):
+    return layer.__name__.removeprefix("kernels.")
+
+
+def first(results):
+    return results[0] if isinstance(results, tuple) else results
+
+
+@LAYERS
+def test_opcheck(layer):
+    """Schema, registration of the gradient, the fake implementation, and tracing with dynamic shapes."""
+    outcome = opcheck(getattr(torch.ops.twingrad, name_of(layer)).default, ARGUMENTS[layer]())
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@LAYERS
+def test_a_compiled_function_gives_the_same(layer):
+    def loss(*arguments):
+        return sum(result.float().square().sum() for result in autograd._as_tuple(layer.operator(*arguments)))
+
+    arguments = ARGUMENTS[layer]()
+    inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    eager = loss(*arguments)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(compiled, eager)
+    for ours, theirs in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_compiled_function_takes_sequences_of_any_length():
+    compiled = torch.compile(lambda *qkv: attention.operator(*qkv), fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (3, 9, 70):
+        qkv = [draw(1, 2, length, 8, grad=False) for _ in range(3)]
+        torch.testing.assert_close(compiled(*qkv), attention.operator(*qkv))
+
+
+@LAYERS
+def test_only_what_needs_a_gradient_gets_one(layer):
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in ARGUMENTS[layer]()]
+    assert not first(layer.operator(*arguments)).requires_grad
+    arguments[0].requires_grad_()
+    first(layer.operator(*arguments)).sum().backward()
+    assert arguments[0].grad.shape == arguments[0].shape
+
+
+@LAYERS
+def test_autocast_follows_pytorch(layer):
+    """The dtype of the result under autocast is that of PyTorch's own operator."""
+    theirs = getattr(ops, name_of(layer))
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = [
+            x.detach().to(dtype) if isinstance(x, torch.Tensor) and x.dtype.is_floating_point else x
+            for x in ARGUMENTS[layer]()
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert first(layer.operator(*arguments)).dtype == CUDA_AUTOCAST[name_of(layer)](dtype), theirs
+
+
+# What PyTorch's autocast does on a GPU, where it is not the same list as on the CPU.
+CUDA_AUTOCAST = {
+    "layer_norm": lambda dtype: torch.float32,
+    "add_layer_norm": lambda dtype: torch.float32,
+    "gelu": lambda dtype: dtype,
+    "bias_gelu": lambda dtype: dtype,
+    "dropout": lambda dtype: dtype,
+    "attention": lambda dtype: torch.bfloat16,
+    "cross_entropy": lambda dtype: torch.float32,
+    "linear_cross_entropy": lambda dtype: torch.float32,
+}
+
+
+@pytest.mark.parametrize("layer", [attention, dropout], ids=name_of)
+def test_checkpointing_drops_the_same_elements_again(layer):
+    arguments = ARGUMENTS[layer]()
+    inputs = [x for x in arguments if isinstance(x, torch.Tensor)]
+
+    def gradients(y):
+        return torch.autograd.grad(y.square().sum(), inputs)
+
+    kept = gradients(layer.operator(*arguments))
+    recomputed = gradients(checkpoint(layer.operator, *arguments, use_reentrant=False))
+    for a, b in zip(kept, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 11), (7, 1030), (5, 3), (9,)])
+def test_dropout_keeps_what_the_reference_keeps(shape):
+    y = dropout.operator(torch.ones(shape), 0.3, NOISE)
+    np.testing.assert_array_equal(y.numpy() != 0, reference_philox.keep_mask(NOISE, shape, 0.3))
+
+
+def test_dropout_without_noise_hands_on():
+    x = draw(3, 4)
+    for rate, noise in ((0.0, NOISE), (0.5, None)):
+        assert torch.equal(dropout.operator(x, rate, noise), x)
+
+
+@pytest.mark.parametrize("layer", [layer_norm, gelu], ids=name_of)
+def test_empty_tensors(layer):
+    arguments = ARGUMENTS[layer]()
+    x = torch.empty(0, 13, requires_grad=True)
+    y = layer.operator(x, *arguments[1:])
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 13)
+
+
+def test_add_layer_norm_of_two_types_has_the_wider_one():
+    x, residual = draw(3, 8), draw(3, 8, dtype=torch.bfloat16)
+    weight, bias = draw(8), draw(8)
+    y, total = add_layer_norm.operator(x, residual, weight, bias)
+    assert y.dtype == total.dtype == torch.float32
+    assert torch.equal(total, x + residual)
+    dx, dresidual = torch.autograd.grad(y.sum() + total.square().sum(), [x, residual])
+    assert dx.dtype == torch.float32
+    assert dresidual.dtype == torch.bfloat16
+
+
+def test_rows_of_the_greatest_width():
+    x, weight = draw(2, layer_norm.MAX_WIDTH, grad=False), draw(layer_norm.MAX_WIDTH, grad=False)
+    torch.testing.assert_close(layer_norm.operator(x, weight, None), ops.layer_norm(x, weight, None))
+
+
+# Bad input: one line each, before any launch.
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: layer_norm.operator(torch.ones(2, 16_385), torch.ones(16_385), None),
+            ValueError,
+            "x: width of a row: expected at most 16384, got 16385",
+        ),
+        (
+            lambda: layer_norm.operator(torch.ones(2, 3), torch.ones(4), None),
+            ValueError,
+            "weight: expected shape (3,), got (4,)",
+        ),
+        (
+            lambda: layer_norm.operator(torch.ones(2, 3), torch.ones(3), torch.ones(1, 3)),
+            ValueError,
+            "bias: expected shape (3,), got (1, 3)",
+        ),
+        (
+            lambda: layer_norm.operator(torch.ones(2, 3), torch.ones(3, device="meta"), None),
+            ValueError,
+            "weight: expected on cpu, where x is, got meta",
+        ),
+        (
+            lambda: gelu.operator(torch.ones(3, dtype=torch.int64)),
+            TypeError,
+            "x: expected one of float32, float16, bfloat16, float64, got int64",
+        ),
+        (
+            lambda: gelu.operator(torch.ones(3, dtype=torch.float8_e5m2)),
+            TypeError,
+            "x: expected one of float32, float16, bfloat16, float64, got float8_e5m2",
+        ),
+        (lambda: gelu.operator(torch.ones(3), "erf"), ValueError, "approximate: 'erf' is not one of none, tanh"),
+        (
+            lambda: bias_gelu.operator(torch.ones(2, 3), torch.ones(2)),
+            ValueError,
+            "bias: expected shape (3,), got (2,)",
+        ),
+        (
+            lambda: add_layer_norm.operator(torch.ones(2, 3), torch.ones(3), torch.ones(3), None),
+            ValueError,
+            "residual: expected shape (2, 3), got (3,)",
+        ),
+        (lambda: dropout.operator(torch.ones(2), 1.0, NOISE), ValueError, "rate: expected 0 <= rate < 1, got 1.0"),
+        (
+            lambda: dropout.forward(torch.ones(2), 0.5, np.ones(2, bool)),
+            TypeError,
+            "noise: kernels compute their masks, expected (key, first), got ndarray",
+        ),
+        (
+            lambda: launch.check(x=torch.empty(2**31, 1, device="meta")),
+            ValueError,
+            "x: expected at most 2147483647 rows and columns, got shape (2147483648, 1)",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_a_tensor_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", type(launch.INTERPRETED)(False))
+    with pytest.raises(RuntimeError, match="^x: on the CPU.*TRITON_INTERPRET=1"):
+        gelu.forward(torch.ones(3))
+    with pytest.raises(TypeError, match="expected one of float32, float16, bfloat16, got float64"):
+        launch.check(x=torch.ones(3, device="meta", dtype=torch.float64))
+
+
+def test_signed_words_hold_the_bits_of_unsigned_ones():
+    key, first_index, threshold, factor = philox.arguments(0.75, (2**64 - 1, 2**63))
+    assert (key, first_index, threshold) == (-1, -(2**63), 3 * 2**30 - 2**32)
+    assert factor == 4.0
+
+
+def test_launches_are_recorded_instead_of_made():
+    with launch.recorded() as launches:
+        y, saved = layer_norm.forward(*(torch.empty(*shape, device="meta") for shape in ((4, 8), (8,), (8,))))
+        layer_norm.backward(torch.empty_like(y), saved)
+    assert [launched.kernel for launched in launches] == [layer_norm.forward_kernel, layer_norm.backward_kernel]
+    assert launches[0].options["BLOCK"] == 16
