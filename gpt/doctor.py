@@ -62,6 +62,7 @@ def examine() -> dict[str, Any]:
         "cpu": {"cores": _usable_cores(), "memory_bytes": _memory_bytes()},
         "devices": torch_report["devices"],
         "engine": "torch" if torch_report["devices"] else "numpy",
+        "kernels": _where_kernels_run(versions, [device["type"] for device in torch_report["devices"]]),
         "folders": {name: os.environ.get(name) for name in ("TWINGRAD_DATA", "TIKTOKEN_CACHE_DIR")},
         "missing": [_describe_missing(package) for package in PACKAGES if _is_missed(package, versions)],
         "notes": torch_report["notes"],
@@ -81,6 +82,7 @@ def render(report: dict[str, Any]) -> str:
     devices["torch uses"] = (
         report["devices"][0]["type"] if report["devices"] else "nothing (torch engine not available)"
     )
+    devices["kernels"] = report["kernels"]
     if report["blas"]:
         devices["numpy uses"] = f"{report['blas']['library']}, {report['blas']['threads']} threads"
     lines = [f"platform  {report['platform']}"]
@@ -149,6 +151,12 @@ def _ask_torch() -> dict[str, Any]:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         notes.append(f"an NVIDIA driver is here, but torch {torch.__version__} ({build}) finds no GPU")
     return {"devices": devices, "notes": notes}
+
+
+def _where_kernels_run(versions: dict[str, str | None], devices: list[str]) -> str:
+    if not (versions["torch"] and versions["triton"]):
+        return "run nowhere (torch or triton is not installed)"
+    return "run on the GPU" if "cuda" in devices else "run on the CPU, interpreted, where TRITON_INTERPRET=1 is set"
 
 
 def _cuda_name(torch: Any) -> str:
