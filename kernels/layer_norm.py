@@ -3,6 +3,7 @@
 forward    mean, rstd = 1 / sqrt(E[(x - mean)^2] + eps) are kept, in float32; h is computed again
 backward   a few programs for each multiprocessor take rows in turns: dx of a row, and their own sums of dy h and dy,
            which one column sum then adds up. No two programs write the same number, so the order of sums is fixed.
+           Beside a row wider than SUMS_WIDTH the sums find no room in registers: another kernel makes them.
 
 The same kernels add a residual before they normalize, see add_layer_norm.py.
 """
@@ -19,6 +20,7 @@ from kernels import autograd, launch
 from kernels.numerics import rounded, wide
 
 MAX_WIDTH = 16_384  # entries of a row, which a program holds in registers
+SUMS_WIDTH = 8_192
 
 
 class Saved(NamedTuple):
@@ -88,16 +90,21 @@ def normalize_backward(
     x_rows, dy_rows = (tensor.reshape(-1, C).contiguous() for tensor in (x, dy))
     dtotal_rows = None if dtotal is None else dtotal.reshape(-1, C).contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = min(len(x_rows), launch.programs(x.device, 4 if C <= 4096 else 2 if C <= 8192 else 1))
-    sums = torch.empty((2, programs, C), dtype=mean.dtype, device=x.device)
-    dweights, dbiases = sums[0], None if bias is None else sums[1]
+    programs = min(len(x_rows), launch.programs(x.device, 4 if C <= 4096 else 2))
+    dweights = torch.empty((programs, C), dtype=mean.dtype, device=x.device)
+    dbiases = None if bias is None else torch.empty_like(dweights)
+    here = (dweights, dbiases) if C <= SUMS_WIDTH else (None, None)
     launch.launch(
         *(backward_kernel, (programs,)),
-        *(dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, dweights, dbiases, len(x_rows), C),
+        *(dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, *here, len(x_rows), C),
         **launch.row_block(C),
     )
-    dbias = None if bias is None else sums[1].sum(0).to(bias.dtype)
-    return dx, sums[0].sum(0).to(weight.dtype), dbias
+    if C > SUMS_WIDTH:
+        tile = launch.tile(C)
+        grid = programs, triton.cdiv(C, tile["COLUMNS"])
+        launch.launch(sums_kernel, grid, dy_rows, x_rows, mean, rstd, dweights, dbiases, len(x_rows), C, **tile)
+    dbias = None if dbiases is None else dbiases.sum(0).to(weight.dtype)
+    return dx, dweights.sum(0).to(weight.dtype), dbias
 
 
 # The kernels.
@@ -147,7 +154,7 @@ def backward_kernel(
     mean_ptr,  # (N,)
     rstd_ptr,  # (N,)
     dx_ptr,  # (N, C)
-    dweight_ptr,  # (programs, C), a sum each
+    dweight_ptr,  # (programs, C), a sum each, or None
     dbias_ptr,  # (programs, C) or None
     N,
     C,
@@ -171,13 +178,48 @@ def backward_kernel(
         if dtotal_ptr is not None:
             dx += wide(tl.load(dtotal_ptr + start + columns, mask=inside, other=0))
         tl.store(dx_ptr + start + columns, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
-        dweight += dy * h
+        if dweight_ptr is not None:
+            dweight += dy * h
         if dbias_ptr is not None:
             dbias += dy
     partial = tl.cast(program, tl.int64) * C + columns
-    tl.store(dweight_ptr + partial, dweight, mask=inside)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, dweight, mask=inside)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + partial, dbias, mask=inside)
+
+
+@triton.jit
+def sums_kernel(
+    dy_ptr,  # (N, C)
+    x_ptr,  # (N, C)
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    dweight_ptr,  # (programs, C), a sum each
+    dbias_ptr,  # (programs, C) or None
+    N,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    dweight = tl.zeros((ROWS, COLUMNS), mean_ptr.dtype.element_ty)
+    dbias = tl.zeros((ROWS, COLUMNS), mean_ptr.dtype.element_ty)
+    for first in range(program * ROWS, N, tl.num_programs(0) * ROWS):
+        rows = (first + tl.arange(0, ROWS))[:, None]
+        inside = (rows < N) & (columns < C)
+        index = tl.cast(rows, tl.int64) * C + columns
+        x = wide(tl.load(x_ptr + index, mask=inside, other=0))  # (ROWS, COLUMNS)
+        dy = wide(tl.load(dy_ptr + index, mask=inside, other=0))
+        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0)
+        dweight += dy * (x - mean) * rstd  # 0 outside, where dy is 0
+        dbias += dy
+    partial = tl.cast(program, tl.int64) * C + columns
+    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0)[None, :], mask=columns < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0)[None, :], mask=columns < C)
 
 
 operator = autograd.operator(

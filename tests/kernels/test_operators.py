@@ -168,9 +168,16 @@ def test_add_layer_norm_of_two_types_has_the_wider_one():
     assert dresidual.dtype == torch.bfloat16
 
 
-def test_rows_of_the_greatest_width():
-    x, weight = draw(2, layer_norm.MAX_WIDTH, grad=False), draw(layer_norm.MAX_WIDTH, grad=False)
-    torch.testing.assert_close(layer_norm.operator(x, weight, None), ops.layer_norm(x, weight, None))
+@pytest.mark.parametrize("width", [8_192, 8_193, 16_384])
+def test_wide_rows(width):
+    """Wider than other tests go: the last that fit one kernel's registers, and those whose sums need another."""
+    x, weight, bias, dy = draw(5, width), draw(width), draw(width), draw(5, width, grad=False)
+    ours, theirs = (
+        torch.autograd.grad(norm(x, weight, bias), [x, weight, bias], dy)
+        for norm in (layer_norm.operator, ops.layer_norm)
+    )
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 # Bad input: one line each, before any launch.
