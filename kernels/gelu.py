@@ -1,7 +1,6 @@
 """GELU, exact or with GPT-2's tanh, element by element; formulas in reference/gelu.py.
 
-Only x is kept: what multiplies it is cheaper computed again than read. (1 + tanh u) / 2 is the logistic
-function of 2 u.
+Only x is kept: what multiplies it is cheaper computed again than read.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ A = tl.constexpr(0.044715)
 def gate(x, TANH: tl.constexpr):
     """What multiplies x in gelu(x)."""
     if TANH:
-        return 1 / (1 + tl.exp(-2 * (x + x * x * x * A) * C))
+        return 1 / (1 + decay(x))
     else:
         return 0.5 * (1 + tl.erf(x * SQRT_HALF))
 
@@ -104,9 +103,15 @@ def slope(x, TANH: tl.constexpr):
     """gelu'(x)."""
     p = gate(x, TANH)
     if TANH:
-        return p * (1 + 2 * (1 - p) * x * (1 + 3 * x * x * A) * C)
+        return p * (1 + 2 * p * decay(x) * x * (1 + 3 * x * x * A) * C)
     else:
         return p + x * NORMAL_DENSITY_0 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def decay(x):
+    """exp(-2 u), as far as float32 goes."""
+    return tl.exp(tl.minimum(-2 * (x + x * x * x * A) * C, 80.0))
 
 
 operator = autograd.operator("gelu", forward, backward, Saved, gradients=("x",))

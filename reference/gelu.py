@@ -2,8 +2,10 @@
 
 exact      y = x P(x)                 P(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution's cumulative function
            dx = dy (P + x exp(-x^2 / 2) / sqrt(2 pi))
-tanh       y = x (1 + t) / 2          t = tanh(c (x + a x^3)),  c = sqrt(2 / pi),  a = 0.044715
+tanh       y = x (1 + t) / 2          t = tanh(u),  u = c (x + a x^3),  c = sqrt(2 / pi),  a = 0.044715
            dx = dy ((1 + t) / 2 + x (1 - t^2) c (1 + 3 a x^2) / 2)
+
+With e = exp(-2 u), (1 + t) / 2 = 1 / (1 + e) and (1 - t) / 2 = e / (1 + e), which keep their digits near t = -1 and 1.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from reference import pieces
 
 C = math.sqrt(2 / math.pi)
 A = 0.044715
+_MOST = 80.0  # of -2 u: with 1 / (1 + exp(80)) no digit of y is left, and no float32 has overflowed
 
 
 def forward(x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray, Any]:
@@ -24,17 +27,17 @@ def forward(x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray, Any]:
     if approximate not in _FORWARD:
         raise ValueError(f"approximate: {approximate!r} is not one of none, tanh")
     x = np.ascontiguousarray(x)
-    y, gate = np.empty_like(x), np.empty_like(x)  # y = x gate
-    pieces.run(_FORWARD[approximate], *map(_rows, (x, gate, y)))
-    return y, (x, gate, approximate)
+    y, kept = np.empty_like(x), np.empty_like(x)  # P or e
+    pieces.run(_FORWARD[approximate], *map(_rows, (x, kept, y)))
+    return y, (x, kept, approximate)
 
 
 def backward(dy: np.ndarray, saved: Any) -> np.ndarray:
     """dy (..., R, C) -> dx like dy."""
-    x, gate, approximate = saved
+    x, kept, approximate = saved
     dy = np.ascontiguousarray(dy)
     dx = np.empty_like(dy)
-    pieces.run(_BACKWARD[approximate], *map(_rows, (dy, x, gate, dx)))
+    pieces.run(_BACKWARD[approximate], *map(_rows, (dy, x, kept, dx)))
     return dx
 
 
@@ -42,41 +45,42 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
 
 
-def _tanh_forward(x: np.ndarray, gate: np.ndarray, y: np.ndarray) -> None:
-    np.multiply(x, x, out=gate)
-    gate *= C * A
-    gate += C
-    gate *= x
-    np.tanh(gate, out=gate)  # t
-    gate += 1
-    gate *= 0.5
-    np.multiply(x, gate, out=y)
+def _tanh_forward(x: np.ndarray, e: np.ndarray, y: np.ndarray) -> None:
+    np.multiply(x, x, out=e)
+    e *= -2 * C * A
+    e += -2 * C
+    e *= x  # -2 u
+    np.minimum(e, _MOST, out=e)
+    np.exp(e, out=e)
+    np.add(e, 1, out=y)
+    np.divide(x, y, out=y)
 
 
-def _tanh_backward(dy: np.ndarray, x: np.ndarray, gate: np.ndarray, dx: np.ndarray) -> None:
-    # With gate = (1 + t) / 2, (1 - t^2) / 2 = 2 gate (1 - gate).
+def _tanh_backward(dy: np.ndarray, x: np.ndarray, e: np.ndarray, dx: np.ndarray) -> None:
+    gate = 1 / (1 + e)
     np.multiply(x, x, out=dx)
     dx *= 6 * A * C
     dx += 2 * C
     dx *= x
-    dx *= 1 - gate
-    dx += 1
+    dx *= gate
+    dx *= e
+    dx += 1  # 1 + x 2 u' (1 - t) / 2
     dx *= gate
     dx *= dy
 
 
-def _exact_forward(x: np.ndarray, gate: np.ndarray, y: np.ndarray) -> None:
-    gate[:] = normal_cdf(x)
-    np.multiply(x, gate, out=y)
+def _exact_forward(x: np.ndarray, p: np.ndarray, y: np.ndarray) -> None:
+    p[:] = normal_cdf(x)
+    np.multiply(x, p, out=y)
 
 
-def _exact_backward(dy: np.ndarray, x: np.ndarray, gate: np.ndarray, dx: np.ndarray) -> None:
+def _exact_backward(dy: np.ndarray, x: np.ndarray, p: np.ndarray, dx: np.ndarray) -> None:
     np.multiply(x, x, out=dx)
     dx *= -0.5
     np.exp(dx, out=dx)
     dx *= 1 / math.sqrt(2 * math.pi)
     dx *= x
-    dx += gate
+    dx += p
     dx *= dy
 
 

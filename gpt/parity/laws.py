@@ -36,7 +36,7 @@ def adjoint(problem: Problem) -> Iterator[Measure]:
         problem.replace(**{name: x + sign * step * direction[name] for name, x in inputs.items()}).forward()
         for sign in (1, -1)
     )
-    along = np.sum(problem.dy * (plus - minus)) / (2 * step)
+    along = problem.weighed([up - down for up, down in zip(plus, minus, strict=True)]) / (2 * step)
     products = np.concatenate([(gradients[f"d{name}"] * direction[name]).ravel() for name in inputs])
     yield "<dy, J v>", relative(along - products.sum(), np.abs(products).sum()), DIFFERENCES
 
@@ -44,7 +44,8 @@ def adjoint(problem: Problem) -> Iterator[Measure]:
 def key_shift(problem: Problem) -> Iterator[Measure]:
     """Rows of ds sum to 0, so that a vector added to all keys, such as a bias, receives no gradient."""
     dk = problem.run()["dk"]
-    yield "dk summed over keys", relative(dk.sum(axis=2), np.abs(dk).sum(axis=2)), EXACT
+    sums = np.abs(dk).sum(axis=2)
+    yield "dk summed over keys", relative(dk.sum(axis=2), problem.size("dk", sums)), EXACT
 
 
 def causality(problem: Problem) -> Iterator[Measure]:
@@ -52,7 +53,7 @@ def causality(problem: Problem) -> Iterator[Measure]:
     k, v = problem.arguments["k"].copy(), problem.arguments["v"].copy()
     k[:, :, -1] += 3.0
     v[:, :, -1] -= 2.0
-    before, after = problem.forward()[:, :, :-1], problem.replace(k=k, v=v).forward()[:, :, :-1]
+    before, after = (given.forward()[0][:, :, :-1] for given in (problem, problem.replace(k=k, v=v)))
     yield "y of earlier queries", float(np.count_nonzero(before != after)), 0.0
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -23,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt.errors import UserError, require
+from gpt.errors import UserError
 from gpt.parity import laws
+from gpt.parity.subjects import REFERENCE, Subject, as_tuple
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One operator: a layer with some of its settings."""
+    """One operator: a layer with some of its settings, and the implementation of it that is looked at."""
 
     name: str
     layer: str  # the module, in reference and in every package of twins
@@ -55,85 +57,112 @@ class Row:
     rounding: tuple[Case, ...]  # where rounding is measured: large enough for its average to mean something
     laws: tuple[laws.Law, ...]
     gradient_factor: float = 2.0  # how many times PyTorch's own rounding error a gradient may have
+    results: tuple[str, ...] = ("y",)  # what forward returns, in order
+    peer: str = ""  # PyTorch's own operator, where it has another name than the layer
+    subject: Subject = REFERENCE
+
+    @property
+    def label(self) -> str:
+        """The operator's name, after its implementation's where that is not the reference."""
+        return f"{self.subject.name} {self.name}".strip()
 
     def twin(self, package: str = "reference") -> ModuleType:
         """The module that implements this layer in a package. Looked up anew, so that it may be swapped."""
         return importlib.import_module(f"{package}.{self.layer}")
 
-    def problem(self, case: Case, dtype: type = np.float64, number: int = 0) -> Problem:
+    def has_twin(self, package: str) -> bool:
+        return importlib.util.find_spec(f"{package}.{self.layer}") is not None
+
+    def of(self, subject: Subject) -> Row:
+        """The same operator, implemented by another subject."""
+        return dataclasses.replace(self, subject=subject)
+
+    def problem(self, case: Case, dtype: str = "float64", number: int = 0) -> Problem:
         """Arguments and an upstream gradient, the same ones each time; other ones for another `number`."""
         rng = np.random.default_rng([zlib.crc32(f"{self.name} {case}".encode()), number])
         arguments = self.draw(rng, case)
-        y = np.asarray(self.twin().forward(**arguments)[0])
-        return Problem(self, case.layout, arguments, rng.normal(size=y.shape) + 0.3).cast(dtype)
+        results = [np.asarray(result) for result in REFERENCE.forward(self, arguments)]
+        dy = tuple(rng.normal(size=result.shape) + 0.3 for result in results)
+        return Problem(self, case.layout, arguments, dy if len(dy) > 1 else dy[0]).cast(dtype)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a layer is run on: arguments by name, and dy, the upstream gradient."""
+    """What an operator is run on: arguments by name, and dy, the upstream gradient, or one for each result."""
 
     row: Row
     layout: str
     arguments: dict[str, Any]
-    dy: np.ndarray
+    dy: np.ndarray | tuple[np.ndarray, ...]
+    dtype: str = "float64"
 
-    def cast(self, dtype: type) -> Problem:
-        """The same values rounded to `dtype`, in the same layout."""
+    def cast(self, dtype: str) -> Problem:
+        """The same values rounded to `dtype`, in the same layout. Those of bfloat16 are held in float32."""
         arguments = {
-            name: _lay_out(value.astype(dtype), self.layout) if _is_float(value) else value
+            name: _lay_out(_rounded(value, dtype), self.layout) if _is_float(value) else value
             for name, value in self.arguments.items()
         }
-        return dataclasses.replace(self, arguments=arguments, dy=_lay_out(self.dy.astype(dtype), self.layout))
+        dy = tuple(_lay_out(_rounded(dy, dtype), self.layout) for dy in self.upstream())
+        return dataclasses.replace(self, arguments=arguments, dy=dy if len(dy) > 1 else dy[0], dtype=dtype)
 
     def replace(self, **arguments: Any) -> Problem:
         return dataclasses.replace(self, arguments={**self.arguments, **arguments})
+
+    def on(self, subject: Subject) -> Problem:
+        """The same problem for another implementation."""
+        return dataclasses.replace(self, row=self.row.of(subject))
 
     def inputs(self) -> Arrays:
         """The arguments that are differentiated, without those that are None."""
         return {name: self.arguments[name] for name in self.row.gradients if self.arguments[name] is not None}
 
+    def upstream(self) -> tuple[np.ndarray, ...]:
+        """The upstream gradients, one for each result."""
+        return as_tuple(self.dy)
+
     def step(self) -> float:
         """How far apart central differences are taken: for all inputs alike, the largest sets how y is rounded."""
         return 1e-5 * max(float(np.abs(x).max()) for x in self.inputs().values())
 
-    def forward(self) -> np.ndarray:
-        return self.row.twin().forward(**self.arguments)[0]
+    def size(self, tensor: str, true: np.ndarray) -> float:
+        """What an error of this tensor is relative to: the largest entry of the true one.
+
+        A gradient may be a sum of terms that cancel altogether, as where softmax is saturated. Then all that is left of
+        it is rounding, or nothing, and only the terms have a size: dy times all other inputs.
+        """
+        largest = float(np.max(np.abs(true), initial=0.0))
+        if tensor in self.row.results:
+            return largest
+        others = [x for name, x in self.inputs().items() if f"d{name}" != tensor]
+        terms = math.prod(float(np.max(np.abs(x), initial=0.0)) for x in (*self.upstream(), *others))
+        return largest if largest > laws.EXACT * terms else terms
+
+    def forward(self) -> tuple[np.ndarray, ...]:
+        """The results alone."""
+        subject = self.row.subject
+        return tuple(subject.numpy(y) for y in subject.forward(self.row, subject.prepare(self)[0]))
+
+    def weighed(self, results: Sequence[np.ndarray]) -> float:
+        """The sum of results times upstream gradients: the number that the gradients are the gradients of."""
+        return float(sum(np.sum(dy * y) for dy, y in zip(self.upstream(), results, strict=True)))
 
     def run(self) -> Arrays:
-        """The layer's result "y" and its gradients "dx" for each differentiated argument "x"."""
-        y, saved = self.row.twin().forward(**self.arguments)
-        gradients = self.row.twin().backward(self.dy, saved)
-        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        named = zip(self.row.gradients, gradients, strict=True)
-        return {"y": y} | {f"d{name}": gradient for name, gradient in named if gradient is not None}
-
-    def torch_operator(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
-        """PyTorch's own operator, its arguments in order, and those of them that it differentiates."""
-        torch = require("torch", extra="torch")
-        ops = importlib.import_module("gpt.ops")
-        operator = getattr(ops, self.row.layer, None) or getattr(torch.nn.functional, self.row.layer)
-        arguments = {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype != bool else value
-            for name, value in self.arguments.items()
-        }
-        return operator, arguments, {name: arguments[name].requires_grad_() for name in self.inputs()}
-
-    def run_torch(self) -> Arrays:
-        """The same as `run` from PyTorch's own operator and its automatic differentiation."""
-        operator, arguments, inputs = self.torch_operator()
-        torch = require("torch", extra="torch")
-        # In float64, the truth: fused attention leaves rounding where a gradient is exactly 0.
-        backends = torch.nn.attention.SDPBackend
-        choice = [backends.MATH] if self.dy.dtype == np.float64 else [backends.FLASH_ATTENTION, backends.MATH]
-        with torch.nn.attention.sdpa_kernel(choice):
-            y = operator(*arguments.values())
-            gradients = torch.autograd.grad(y, list(inputs.values()), torch.from_numpy(self.dy))
-        named = zip(inputs, gradients, strict=True)
-        return {"y": y.detach().numpy()} | {f"d{name}": gradient.numpy() for name, gradient in named}
+        """The results by name and the gradients: "dx" for each differentiated argument "x"."""
+        subject = self.row.subject
+        found = subject.execute(self.row, *subject.prepare(self))
+        return {name: subject.numpy(tensor) for name, tensor in found.items()}
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "bfloat16":
+        return array.astype(dtype)
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)  # half of them are kept, the nearest, ties to even
+    bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).reshape(array.shape)
 
 
 def _lay_out(array: np.ndarray, layout: str) -> np.ndarray:
@@ -178,8 +207,17 @@ def layer_norm(rng: np.random.Generator, case: Case, bias: bool = True) -> dict[
     return {"x": x, "weight": weights(rng, C), "bias": weights(rng, C) if bias else None, "eps": 1e-3}
 
 
+def add_layer_norm(rng: np.random.Generator, case: Case, bias: bool = True) -> dict[str, Any]:
+    arguments = layer_norm(rng, case, bias)
+    return {"x": arguments.pop("x"), "residual": values(rng, case.size, case), **arguments}
+
+
 def gelu(rng: np.random.Generator, case: Case, approximate: str) -> dict[str, Any]:
     return {"x": values(rng, case.size, case), "approximate": approximate}
+
+
+def bias_gelu(rng: np.random.Generator, case: Case, approximate: str) -> dict[str, Any]:
+    return {"x": values(rng, case.size, case), "bias": weights(rng, case.size[-1]), "approximate": approximate}
 
 
 def attention(rng: np.random.Generator, case: Case, causal: bool = True, rate: float = 0.0) -> dict[str, Any]:
@@ -190,10 +228,7 @@ def attention(rng: np.random.Generator, case: Case, causal: bool = True, rate: f
 
 
 def dropout(rng: np.random.Generator, case: Case, rate: float) -> dict[str, Any]:
-    """A mask is drawn for vectors, which have no counter-based one: that needs two axes."""
-    x = values(rng, case.size, case)
-    noise = (int(rng.integers(1 << 62)), 5) if x.ndim > 1 else rng.random(x.shape) >= rate
-    return {"x": x, "rate": rate, "noise": noise}
+    return {"x": values(rng, case.size, case), "rate": rate, "noise": (int(rng.integers(1 << 62)), 5)}
 
 
 def cross_entropy(rng: np.random.Generator, case: Case, ignored: float = 0.0) -> dict[str, Any]:
@@ -202,6 +237,17 @@ def cross_entropy(rng: np.random.Generator, case: Case, ignored: float = 0.0) ->
     targets = rng.integers(0, V, shape)
     targets.flat[: math.ceil(ignored * targets.size)] = -100
     return {"logits": values(rng, case.size, case), "targets": rng.permutation(targets), "ignore_index": -100}
+
+
+def linear_cross_entropy(
+    rng: np.random.Generator, case: Case, bias: bool = True, ignored: float = 0.4
+) -> dict[str, Any]:
+    """x is drawn so that logits are of size 1: beside weights of that size, times `scale`."""
+    arguments = linear(rng, case, bias)
+    arguments["x"] /= math.sqrt(arguments["x"].shape[-1])
+    targets = rng.integers(0, case.size[0], case.size[1:-1])
+    targets.flat[: math.ceil(ignored * targets.size)] = -100
+    return {**arguments, "targets": rng.permutation(targets), "ignore_index": -100}
 
 
 # Sizes: one row, one column, ranks 1 to 4, no multiple of a block, other layouts, values of +-1e4.
@@ -224,6 +270,9 @@ EMBEDDING = (
 )
 LARGE_EMBEDDING = (Case((67, 129, 3, 127)),)
 TARGETS = SHAPES[1:]  # PyTorch's operator wants a row at least
+LINEAR_TARGETS = (*LINEAR[1:], Case((300, 67, 11)))
+# A step of 1e-5 of the largest value is no small one beside the bend of GELU at 0: here no value comes so near to it.
+BIASED = (*SHAPES[:-1], Case((5, 11), scale=1e4))
 
 
 def _lengths(H: int, G: int, past: int = 0) -> tuple[Case, ...]:
@@ -244,28 +293,67 @@ PAST = (*_lengths(3, 3, past=4), Case((2, 3, 3, 1, 65, 32)), Case((2, 3, 3, 7, 4
 ADJOINT = (laws.adjoint,)
 SHIFT, CAUSAL = (laws.adjoint, laws.key_shift), (laws.adjoint, laws.key_shift, laws.causality)
 ORTHOGONAL = (laws.adjoint, laws.orthogonal_to_constants, laws.orthogonal_to_normalized)
+QKV, XWB, XRWB = ("q", "k", "v"), ("x", "weight", "bias"), ("x", "residual", "weight", "bias")
 ODD, LOGITS = (laws.adjoint, laws.odd_part), (laws.adjoint, laws.logit_shift)
-QKV, XWB = ("q", "k", "v"), ("x", "weight", "bias")
 
-# name, layer, arguments, differentiated, cases, cases for rounding, laws, how many times PyTorch's rounding error
+# name, layer, arguments, differentiated, cases, cases for rounding, laws, how many times PyTorch's rounding error,
+# results, PyTorch's operator
 _TABLE: tuple[tuple[Any, ...], ...] = (
     ("embedding", "embedding", embedding, ("weight",), EMBEDDING, LARGE_EMBEDDING, ADJOINT),
     ("linear", "linear", linear, XWB, LINEAR, LARGE_LINEAR, ADJOINT),
     ("linear-no-bias", "linear", partial(linear, bias=False), XWB, LINEAR, LARGE_LINEAR, ADJOINT),
     ("layer_norm", "layer_norm", layer_norm, XWB, SHAPES, LARGE_SHAPES, ORTHOGONAL),
     ("layer_norm-no-bias", "layer_norm", partial(layer_norm, bias=False), XWB, SHAPES, LARGE_SHAPES, ORTHOGONAL),
+    *(
+        (name, "add_layer_norm", draw, XRWB, SHAPES, LARGE_SHAPES, ADJOINT, 2.0, ("y", "total"))
+        for name, draw in (
+            ("add_layer_norm", add_layer_norm),
+            ("add_layer_norm-no-bias", partial(add_layer_norm, bias=False)),
+        )
+    ),
     ("gelu", "gelu", partial(gelu, approximate="none"), ("x",), SHAPES, LARGE_SHAPES, ODD),
     ("gelu-tanh", "gelu", partial(gelu, approximate="tanh"), ("x",), SHAPES, LARGE_SHAPES, ODD),
+    ("bias_gelu", "bias_gelu", partial(bias_gelu, approximate="none"), ("x", "bias"), BIASED, LARGE_SHAPES, ADJOINT),
+    (
+        "bias_gelu-tanh",
+        "bias_gelu",
+        partial(bias_gelu, approximate="tanh"),
+        ("x", "bias"),
+        SHAPES,
+        LARGE_SHAPES,
+        ADJOINT,
+    ),
     ("attention", "attention", attention, QKV, _lengths(3, 3), _large(3, 3), CAUSAL, 3.0),
     ("attention-full", "attention", partial(attention, causal=False), QKV, PAST, _large(3, 3, 7), SHIFT, 3.0),
     ("attention-grouped", "attention", attention, QKV, _lengths(6, 3) + _lengths(4, 1), _large(6, 2), CAUSAL, 3.0),
     ("attention-past", "attention", attention, QKV, PAST, _large(3, 3, 7), CAUSAL, 3.0),
     ("attention-dropout", "attention", partial(attention, rate=0.3), QKV, _lengths(6, 3, 2), _large(6, 3), CAUSAL, 3.0),
-    ("dropout", "dropout", partial(dropout, rate=0.3), ("x",), SHAPES, LARGE_SHAPES, ADJOINT),
-    ("cross_entropy", "cross_entropy", cross_entropy, ("logits",), TARGETS, LARGE_SHAPES, LOGITS),
     *(
-        (name, "cross_entropy", partial(cross_entropy, ignored=share), ("logits",), TARGETS, LARGE_SHAPES, LOGITS)
+        (name, "flash_attention", draw, QKV, _lengths(6, 3, 2), _large(6, 3), CAUSAL, 3.0, ("y",), "attention")
+        for name, draw in (("flash_attention", attention), ("flash_attention-dropout", partial(attention, rate=0.3)))
+    ),
+    ("dropout", "dropout", partial(dropout, rate=0.3), ("x",), SHAPES, LARGE_SHAPES, ADJOINT),
+    ("cross_entropy", "cross_entropy", cross_entropy, ("logits",), TARGETS, LARGE_SHAPES, LOGITS, 2.0, ("loss",)),
+    *(
+        (
+            name,
+            "cross_entropy",
+            partial(cross_entropy, ignored=share),
+            ("logits",),
+            TARGETS,
+            LARGE_SHAPES,
+            LOGITS,
+            2.0,
+            ("loss",),
+        )
         for name, share in (("cross_entropy-ignored", 0.4), ("cross_entropy-all-ignored", 1.0))
+    ),
+    *(
+        (name, "linear_cross_entropy", draw, XWB, LINEAR_TARGETS, LARGE_LINEAR, (), 2.0, ("loss",))
+        for name, draw in (
+            ("linear_cross_entropy", linear_cross_entropy),
+            ("linear_cross_entropy-no-bias", partial(linear_cross_entropy, bias=False)),
+        )
     ),
 )
 ROWS: dict[str, Row] = {row[0]: Row(*row) for row in _TABLE}
