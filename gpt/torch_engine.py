@@ -127,7 +127,7 @@ class TorchEngine:
         inputs, targets = self._to_device(batch)
         with torch.device("meta"):
             model = GPT(self.config, separate(self.model.operators))
-        logits = torch.func.functional_call(model, self._params, (inputs, noise, note))
+        logits = torch.func.functional_call(model, dict[str, torch.Tensor](self._params), (inputs, noise, note))
         loss = self.model.operators.cross_entropy(logits, targets)
         trace("loss", loss.detach().cpu().numpy())
         torch.autograd.grad(loss, list(self._params.values()))

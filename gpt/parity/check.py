@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from gpt.parity import model, ops
+from gpt.errors import UserError
+from gpt.parity import model, ops, subjects
 from gpt.parity.gates import GATES, Result
 
-NUMBER_GATES = ("differences", "laws", "autograd", "rounding")  # shown as a number, the others as yes or no
+NUMBER_GATES = ("differences", "laws", "autograd", "algebra", "rounding")  # shown as a number, the others as yes or no
 
 
 @dataclass
@@ -44,19 +45,64 @@ def run(
 ) -> Report:
     """Check the operators of these names and, if "model" is among them, the whole model; without names, everything.
 
+    With "kernels" among the names the kernels are checked: all of them and the model on them, or those that are named.
     Models train `steps` steps in lockstep for each of `dtypes`. Raises UserError for an unknown name.
     """
     report = Report()
-    operators = [name for name in names if name != "model"]
-    rows = ops.select(operators) if operators or not names else []
+    operators = [name for name in names if name not in ("model", "kernels")]
+    rows = ops.select(operators)
     with one_thread():
-        for row in rows:
-            progress(row.name)
-            report.results += operator_results(row, report.left_out)
-        for name in model.CONFIGS if "model" in names or not names else ():
-            progress(f"model {name}")
-            report.results += model_results(name, steps, dtypes, report.left_out)
+        if "kernels" not in names:
+            for row in rows if operators or not names else ():
+                progress(row.label)
+                report.results += operator_results(row, report.left_out)
+            for name in model.CONFIGS if "model" in names or not names else ():
+                progress(f"model {name}")
+                report.results += model_results(name, steps, dtypes, report.left_out)
+        if "kernels" in names or not names:
+            with_model = "model" in names or not operators
+            report.results += kernel_results(rows, with_model, bool(names), report.left_out, progress)
     return report
+
+
+def run_function(
+    place: str, name: str, dtypes: Sequence[str] = ("float32",), progress: Callable[[str], None] = lambda what: None
+) -> Report:
+    """Hold the function at FILE.py:FUNCTION against an operator's reference and PyTorch's own, on every case.
+
+    Raises UserError for an unknown operator, or where there is no such function.
+    """
+    report, subject = Report(), subjects.function(place, tuple(dtypes))
+    with one_thread():
+        for row in ops.select([name]):
+            progress(row.of(subject).label)
+            report.results += operator_results(row.of(subject), report.left_out)
+    for operator in sorted(subject.forward_only):
+        report.left_out[f"gradients of {operator}"] = f"what {subject.name} returns cannot be differentiated"
+    return report
+
+
+def kernel_results(
+    rows: Sequence[ops.Row],
+    with_model: bool,
+    asked_for: bool,
+    left_out: dict[str, str],
+    progress: Callable[[str], None],
+) -> Iterator[Result]:
+    """All checks of the kernels of these operators; where not `asked_for`, only if they run here at once."""
+    try:
+        subject = subjects.kernels()
+    except UserError as error:
+        if asked_for:
+            raise
+        left_out["kernels"] = str(error).removeprefix("kernels: ")
+        return
+    for row in (row for row in rows if row.has_twin("kernels")):
+        progress(row.of(subject).label)
+        yield from operator_results(row.of(subject), left_out)
+    for name in model.CONFIGS if with_model else ():
+        progress(f"triton model {name}")
+        yield from model.on_kernels(name, subject.device)
 
 
 @contextmanager
@@ -77,7 +123,7 @@ def one_thread() -> Iterator[None]:
 
 def operator_results(row: ops.Row, left_out: dict[str, str]) -> Iterator[Result]:
     """All gates of one operator; `left_out` is told of those that need a package that is not there."""
-    for gate in GATES.values():
+    for gate in (GATES[name] for name in row.subject.gates):
         if missing(gate.needs):
             left_out[f"gate {gate.name}"] = _why(gate.needs)
             continue
@@ -112,11 +158,12 @@ def _why(package: str) -> str:
 
 def render(report: Report) -> str:
     """The report as text."""
-    operators = [result for result in report.results if not result.operator.startswith("model")]
-    models = [result for result in report.results if result.operator.startswith("model")]
+    models = [result for result in report.results if "model " in result.operator]
+    operators = [result for result in report.results if "model " not in result.operator]
     parts = []
-    if operators:
-        parts.append(_operator_table(operators))
+    for here in (lambda result: " " not in result.operator, lambda result: " " in result.operator):
+        if chosen := [result for result in operators if here(result)]:
+            parts.append(_operator_table(chosen))
     if models:
         parts.append(_model_table(models))
     parts += [f"FAILED  {line}" for line in _failure_lines(report.failures)]
@@ -151,7 +198,7 @@ def _model_table(results: list[Result]) -> str:
     rows = [["model", "check", "measured", "worst", "error", "bound"]]
     for (operator, gate), group in _grouped(results).items():
         worst = _worst(group)
-        row = [operator.removeprefix("model "), gate, str(len(group)), worst.tensor, f"{worst.error:.1e}"]
+        row = [operator.replace("model ", ""), gate, str(len(group)), worst.tensor, f"{worst.error:.1e}"]
         rows.append([*row, f"{worst.bound:.0e}" if worst.bound < 1 else f"{worst.bound:g}"])
         if not all(result.passed for result in group):
             rows[-1].append("FAIL")

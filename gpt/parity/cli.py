@@ -7,28 +7,42 @@ import os
 import sys
 from typing import Any
 
+from gpt.errors import UserError, require
 from gpt.options import Parser
 
 DESCRIPTION = """\
 Hold every layer against central differences, against laws that it must obey and against PyTorch, and the NumPy and the
-PyTorch model against each other, tensor by tensor and step by step. Exit status 1: something is beyond its bound.
+PyTorch model against each other, tensor by tensor and step by step. `kernels` asks for the kernels: on the GPU, or
+where there is none in Triton's interpreter, which takes minutes. --kernel checks a function of your own. Exit status 1:
+something is beyond its bound.
 """
 
 
 def main(argv: list[str]) -> int:
     """Run the checks that `argv` asks for. Returns 1 if one failed."""
     arguments = _parser().parse_args(argv)
+    report: Any
     # Read by NumPy when it is first imported: these small products gain nothing from threads that wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if arguments.defects:
+    if arguments.kernel or "kernels" in arguments.ops:
+        interpret_without_gpu()
+    if arguments.kernel:
+        from gpt.parity import check
+
+        dtypes = arguments.dtype.split(",") if arguments.dtype else ["float32"]
+        report = check.run_function(*_kernel(arguments), dtypes, _progress(arguments.json))
+        text = check.render(report)
+    elif arguments.defects:
         from gpt.parity import defects as checks
 
-        report: Any = checks.run(arguments.ops, progress=_progress(arguments.json))
+        report = checks.run(arguments.ops, progress=_progress(arguments.json))
         text = checks.render(report)
     else:
         from gpt.parity import check
 
-        dtypes = [arguments.dtype] if arguments.dtype else ["float64", "float32"]
+        dtypes = arguments.dtype.split(",") if arguments.dtype else ["float64", "float32"]
+        if wrong := set(dtypes) - {"float64", "float32"}:
+            raise UserError(f"dtype: models train in float64 and float32, not in {', '.join(sorted(wrong))}")
         report = check.run(arguments.ops, arguments.steps, dtypes, _progress(arguments.json))
         text = check.render(report)
     _clear_progress(arguments.json)
@@ -41,12 +55,37 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="twingrad check", description=DESCRIPTION)
-    parser.add_argument("ops", metavar="OP", nargs="*", help="operators or layers to check, or model [everything]")
+    parser.add_argument("ops", metavar="OP", nargs="*", help="operators, layers, model, kernels [everything]")
     parser.add_argument("--steps", type=_steps, default=100, help="training steps of the models in lockstep [100]")
-    parser.add_argument("--dtype", choices=["float64", "float32"], help="of the models in lockstep [both]")
+    parser.add_argument(
+        "--dtype", type=_dtypes, metavar="TYPE,...", help="of models in lockstep, or of a kernel's tensors"
+    )
+    parser.add_argument(
+        "--kernel", metavar="FILE.py:FUNCTION", help="check this function, of tensors, as operator --op"
+    )
+    parser.add_argument("--op", metavar="OP", help="the operator or layer that --kernel computes")
     parser.add_argument("--defects", action="store_true", help="seed known mistakes, one at a time: is each caught?")
     parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
     return parser
+
+
+def _dtypes(text: str) -> str:
+    known = ("float64", "float32", "float16", "bfloat16")
+    if wrong := [name for name in text.split(",") if name not in known]:
+        raise argparse.ArgumentTypeError(f"invalid choice: {wrong[0]!r} (choose from {', '.join(known)})")
+    return text
+
+
+def _kernel(arguments: argparse.Namespace) -> tuple[str, str]:
+    if not arguments.op or arguments.ops or arguments.defects:
+        raise UserError("--kernel FILE.py:FUNCTION wants --op OP, and no other operators")
+    return arguments.kernel, arguments.op
+
+
+def interpret_without_gpu() -> None:
+    """Have Triton interpret kernels where there is no GPU to run them. It asks when it is first imported."""
+    if not require("torch", extra="torch").cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _steps(text: str) -> int:

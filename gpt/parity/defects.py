@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -23,27 +25,31 @@ import numpy as np
 from gpt.engine import create_engine
 from gpt.errors import UserError, require
 from gpt.options import did_you_mean
-from gpt.parity import check, model, ops
+from gpt.parity import check, model, ops, subjects
 from gpt.parity.gates import Result
 
 
 @dataclass(frozen=True)
 class Defect:
-    """`old`, which occurs once in reference/`module`.py, becomes `new`; then `check` must fail first at `tensor`."""
+    """`old`, which occurs once in the module's source, becomes `new`; then `check` must fail first at `tensor`."""
 
     name: str
-    module: str
+    module: str  # of reference; or of kernels, "kernels.gelu"
     old: str
     new: str
-    check: str  # an operator's row, or a model: "model tied"
+    check: str  # an operator's row, that of its kernel, "triton gelu", or a model: "model tied"
     tensor: str
+
+    @property
+    def file(self) -> str:
+        return self._module().__name__.replace(".", "/") + ".py"
 
     def altered_source(self) -> str:
         """The module's source with the defect. ValueError where the text is not there exactly once."""
         source = inspect.getsource(self._module())
         if source.count(self.old) != 1:
             raise ValueError(
-                f"defect {self.name!r}: its text occurs {source.count(self.old)} times in reference/{self.module}.py, "
+                f"defect {self.name!r}: its text occurs {source.count(self.old)} times in {self.file}, "
                 f"expected once: {self.old.strip()}"
             )
         return source.replace(self.old, self.new)
@@ -51,18 +57,22 @@ class Defect:
     @contextmanager
     def seeded(self) -> Iterator[None]:
         """The module with the defect, for all who use it, until the context ends."""
-        module = self._module()
-        code = compile(self.altered_source(), str(module.__file__), "exec")
+        module, source = self._module(), self.altered_source()
         sound = dict(vars(module))
-        try:
-            exec(code, vars(module))
-            yield
-        finally:
-            vars(module).clear()
-            vars(module).update(sound)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "altered.py")  # Triton reads a kernel's source from its file
+            if "\noperator = " in source:  # which would be registered with PyTorch a second time
+                source = source[: source.index("\noperator = ")]
+            file.write_text(source)
+            try:
+                exec(compile(source, str(file), "exec"), vars(module))
+                yield
+            finally:
+                vars(module).clear()
+                vars(module).update(sound)
 
     def _module(self) -> ModuleType:
-        return importlib.import_module(f"reference.{self.module}")
+        return importlib.import_module(self.module if "." in self.module else f"reference.{self.module}")
 
 
 DEFECTS: tuple[Defect, ...] = tuple(
@@ -281,6 +291,134 @@ DEFECTS: tuple[Defect, ...] = tuple(
             "(norm + 1e-6)", "norm",
             "model tied", "tok_emb.weight",
         ),
+        (
+            "a causal mask without the query itself", "kernels.attention",
+            "columns <= rows + (S - T)", "columns < rows + (S - T)",
+            "triton attention", "y",
+        ),
+        (
+            "keys beyond the last whole tile dropped", "kernels.attention",
+            "        stop = S\n", "        stop = S // BLOCK_K * BLOCK_K\n",
+            "triton attention-full", "y",
+        ),
+        (
+            "the running sum not shrunk when the maximum grows", "kernels.attention",
+            "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)",
+            "triton attention", "y",
+        ),
+        (
+            "values of the wrong group", "kernels.attention",
+            "_head(v_ptr, b, h // GROUP, v_b, v_h)\n    o = ", "_head(v_ptr, b, h % (H // GROUP), v_b, v_h)\n    o = ",
+            "triton attention-grouped", "y",
+        ),
+        (
+            "dropout's mask of the next row", "kernels.attention",
+            "philox.keep_mask(key, threshold, n, rows[:, None], first, BLOCK_K), p, 0.0)",
+            "philox.keep_mask(key, threshold, n, rows[:, None] + 1, first, BLOCK_K), p, 0.0)",
+            "triton attention-dropout", "y",
+        ),
+        (
+            "scale missing in dq", "kernels.attention",
+            "dq * SCALE, rows", "dq, rows",
+            "triton attention", "dq",
+        ),
+        (
+            "delta missing in dq", "kernels.attention",
+            "ds = p * (dp - delta[:, None])", "ds = p * dp",
+            "triton attention", "dq",
+        ),
+        (
+            "strides of head and position swapped", "kernels.attention",
+            "y = _head(y_ptr, b, h, y_b, y_h) + _offsets(rows, columns, y_t, y_d)\n    y = _load",
+            "y = _head(y_ptr, b, h, y_b, y_t) + _offsets(rows, columns, y_h, y_d)\n    y = _load",
+            "triton attention", "dq",
+        ),
+        (
+            "keys that a later query does not see counted into dk", "kernels.attention",
+            "tl.cdiv(tl.maximum(first_key + BLOCK_K - 1 - (S - T), 0), BLOCK_Q) * BLOCK_Q", "start",
+            "triton attention", "dk",
+        ),
+        (
+            "mean over the block", "kernels.layer_norm",
+            "mean = tl.sum(x, axis=0) / C", "mean = tl.sum(x, axis=0) / BLOCK",
+            "triton layer_norm", "y",
+        ),
+        (
+            "padding counted into the variance", "kernels.layer_norm",
+            "centred = tl.where(inside, x - mean, 0)", "centred = x - mean",
+            "triton layer_norm", "y",
+        ),
+        (
+            "eps outside the root", "kernels.layer_norm",
+            "tl.sqrt(tl.sum(centred * centred, axis=0) / C + EPS)",
+            "(tl.sqrt(tl.sum(centred * centred, axis=0) / C) + EPS)",
+            "triton layer_norm", "y",
+        ),
+        (
+            "the mean of g forgotten", "kernels.layer_norm",
+            "(g - tl.sum(g, axis=0) / C - h * g_along_h)", "(g - h * g_along_h)",
+            "triton layer_norm", "dx",
+        ),
+        (
+            "wide rows' dweight without rstd", "kernels.layer_norm",
+            "dweight += dy * (x - mean) * rstd", "dweight += dy * (x - mean)",
+            "triton layer_norm", "dweight",
+        ),
+        (
+            "a gradient past the normalization forgotten", "kernels.add_layer_norm",
+            "normalize_backward(*dresults, *saved)", "normalize_backward(dresults[0], None, *saved)",
+            "triton add_layer_norm", "dx",
+        ),
+        (
+            "two digits of the kernel's constant swapped", "kernels.gelu",
+            "0.044715", "0.047415",
+            "triton gelu-tanh", "y",
+        ),
+        (
+            "x forgotten beside the density", "kernels.gelu",
+            "p + x * NORMAL_DENSITY_0", "p + NORMAL_DENSITY_0",
+            "triton gelu", "dx",
+        ),
+        (
+            "dbias summed from dy", "kernels.bias_gelu",
+            "sums += dx", "sums += dy",
+            "triton bias_gelu", "dbias",
+        ),
+        (
+            "what is kept not scaled up", "kernels.dropout",
+            "x * FACTOR", "x",
+            "triton dropout", "y",
+        ),
+        (
+            "rows counted on from one example to the next", "kernels.dropout",
+            "rows % R,", "rows,",
+            "triton dropout", "y",
+        ),
+        (
+            "the sum of exponentials not shrunk", "kernels.cross_entropy",
+            "z = z * tl.exp(m - larger) +", "z = z +",
+            "triton cross_entropy", "loss",
+        ),
+        (
+            "ignored targets counted", "kernels.cross_entropy",
+            "(target != ignore_index).sum()", "(target == target).sum()",
+            "triton cross_entropy-ignored", "loss",
+        ),
+        (
+            "one_hot forgotten", "kernels.cross_entropy",
+            "- tl.where(columns == target, 1.0, 0.0)", "",
+            "triton cross_entropy", "dlogits",
+        ),
+        (
+            "the last rows not computed", "kernels.linear_cross_entropy",
+            "min(start + chunk, len(rows))", "min(start + chunk, max(1, len(rows) - 1))",
+            "triton linear_cross_entropy", "loss",
+        ),
+        (
+            "dweight of the last chunk alone", "kernels.linear_cross_entropy",
+            "total.addmm_(a, b)", "total.copy_(a @ b)",
+            "triton linear_cross_entropy", "dweight",
+        ),
     )
 )  # fmt: skip
 
@@ -323,13 +461,23 @@ class Report:
 
 
 def run(names: Sequence[str] = (), progress: Callable[[str], None] = lambda what: None) -> Report:
-    """Seed the defects of these layers, modules or rows, or all of them. UserError for a name that has none."""
+    """Seed the defects of these layers, modules or rows, or all of them; those of kernels where "kernels" is a name.
+
+    UserError for a name that has none.
+    """
     require("torch", extra="torch")
-    known = {name for defect in DEFECTS for name in (defect.module, defect.check)}
+    names_of = ((defect.module.removeprefix("kernels."), defect.check.removeprefix("triton ")) for defect in DEFECTS)
+    known = {name for pair in names_of for name in pair} | {"kernels"}
     for name in names:
         if name not in known:
             raise UserError(f"{name}: no defects are known of it{did_you_mean(name, known)}")
-    chosen = [defect for defect in DEFECTS if not names or {defect.module, defect.check} & set(names)]
+    layers = set(names) - {"kernels"}
+    chosen = [
+        defect
+        for defect in DEFECTS
+        if defect.module.startswith("kernels.") == ("kernels" in names)
+        and (not layers or {defect.module.removeprefix("kernels."), defect.check.removeprefix("triton ")} & layers)
+    ]
     outcomes = []
     with check.one_thread():
         for defect in chosen:
@@ -354,7 +502,13 @@ def _results(name: str) -> Iterator[Result]:
         for function in (model.trace, model.gradients, model.optimizer, model.differences):
             yield from function(name.removeprefix("model "))
     else:
-        yield from check.operator_results(ops.ROWS[name], {})
+        yield from check.operator_results(_row(name), {})
+
+
+def _row(name: str) -> ops.Row:
+    if name.startswith("triton "):
+        return ops.ROWS[name.removeprefix("triton ")].of(subjects.kernels())
+    return ops.ROWS[name]
 
 
 def loose_test(name: str) -> dict[str, np.ndarray]:
@@ -368,10 +522,11 @@ def loose_test(name: str) -> dict[str, np.ndarray]:
         gradients = {f"d{tensor}": gradient.copy() for tensor, gradient in engine.gradients().items()}
         engine.step(1e-5)
         return gradients | engine.parameters()
-    row = ops.ROWS[name]
+    row = _row(name)
     problem = row.problem(next(case for case in row.cases if len(case.size) > 1 and min(case.size) > 1))
     small = {tensor: 0.02 * value for tensor, value in problem.inputs().items()}
-    return ops.Problem(row, "rows", {**problem.arguments, **small}, np.ones_like(problem.dy)).run()
+    dy = tuple(np.ones_like(dy) for dy in problem.upstream())
+    return ops.Problem(row, "rows", {**problem.arguments, **small}, dy if len(dy) > 1 else dy[0]).run()
 
 
 def render(report: Report) -> str:
@@ -379,7 +534,7 @@ def render(report: Report) -> str:
     lines = []
     for outcome in report.outcomes:
         defect = outcome.defect
-        lines.append(f"{defect.name}  (reference/{defect.module}.py)")
+        lines.append(f"{defect.name}  ({defect.file})")
         lines += [f"    - {line.strip()}" for line in defect.old.strip().splitlines()]
         lines += [f"    + {line.strip()}" for line in defect.new.strip().splitlines()]
         found = str(outcome.result) if outcome.result else "nothing"

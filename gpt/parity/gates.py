@@ -127,9 +127,11 @@ def rounding(row: Row, case: Case) -> Iterator[Measure]:
         for name, runs in tensors.items():
             joined, mine, others = (np.concatenate(runs[i::3]).astype(np.float64) for i in range(3))
             if np.isfinite(others).all():
-                norm = np.linalg.norm(joined)
+                norm = float(np.linalg.norm(joined))
                 unit = UNIT[dtype] * (norm if np.any(joined) else sizes[name] * math.sqrt(joined.size))
-                error = relative(np.linalg.norm(mine - joined), max(float(np.linalg.norm(others - joined)), unit))
+                error = relative(
+                    float(np.linalg.norm(mine - joined)), max(float(np.linalg.norm(others - joined)), unit)
+                )
                 factor = 2.0 if name in row.results else row.gradient_factor
                 yield name if dtype == "float32" else f"{name} in {dtype}", error, factor
 
@@ -142,7 +144,7 @@ def _draws(row: Row, case: Case) -> int:
 
 
 def conduct(row: Row, case: Case) -> Iterator[Measure]:
-    """The same bits twice; no input changed, no gradient in an input's memory; float32 kept, gradients shaped like inputs.
+    """The same bits twice, inputs unchanged, their memory not handed out, float32 kept, gradients shaped like inputs.
 
     An error counts entries that are not as they were, or is 1.
     """

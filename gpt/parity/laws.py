@@ -84,7 +84,7 @@ def odd_part(problem: Problem) -> Iterator[Measure]:
     x = problem.arguments["x"]
     here, there = problem.run(), problem.replace(x=-x).run()
     yield "y(x) - y(-x)", relative(here["y"] - there["y"] - x, x), EXACT
-    yield "dx(x) + dx(-x)", relative(here["dx"] + there["dx"] - problem.dy, problem.dy), EXACT
+    yield "dx(x) + dx(-x)", relative(here["dx"] + there["dx"] - problem.upstream()[0], problem.upstream()[0]), EXACT
 
 
 def logit_shift(problem: Problem) -> Iterator[Measure]:

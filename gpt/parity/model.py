@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from gpt.engine import IGNORE, Arrays, Batch, Engine, Noise, OptimizerConfig, create_engine
-from gpt.parity.gates import Result, distance, error_of
+from gpt.parity.gates import ALGEBRA, Result, distance, error_of
 from gpt.parity.laws import DIFFERENCES, EXACT, relative
 from reference import cross_entropy, model
 from reference.config import GPTConfig
@@ -44,6 +44,7 @@ CONFIGS: dict[str, GPTConfig] = {
 OPTIMIZERS = {"tied": OptimizerConfig(decay="matrices"), "untied": OptimizerConfig(betas=(0.8, 0.95))}
 MAX_NORM = 0.7  # below the first steps' norms, so that they are clipped
 SEED = 7
+KERNEL_STEPS = 3  # each takes seconds in Triton's interpreter
 
 
 def parameters(config: GPTConfig) -> Arrays:
@@ -71,12 +72,17 @@ def noise(step: int = 0, first_example: int = 0) -> Noise:
     return PhiloxNoise(SEED, step, first_example)
 
 
-def engines(name: str, dtype: str) -> tuple[Engine, Engine]:
-    """The NumPy engine and the PyTorch engine on the CPU, with the same parameters."""
+def engines(name: str, dtype: str, other: str = "torch", device: str = "cpu") -> tuple[Engine, Engine]:
+    """The NumPy engine and another one, on the CPU unless told, with the same parameters."""
     config, optimizer = CONFIGS[name], OPTIMIZERS.get(name)
     params = parameters(config)
     ours = create_engine("numpy", config, params, optimizer, dtype)
-    return ours, create_engine("torch", config, params, optimizer, dtype, device="cpu")
+    return ours, create_engine(other, config, params, optimizer, dtype, device)
+
+
+def _label(name: str, both: tuple[Engine, Engine]) -> str:
+    """A model's name in results: with the engine that NumPy's is held against, where that is not PyTorch's."""
+    return f"model {name}" if both[1].name == "torch" else f"{both[1].name} model {name}"
 
 
 def differences(name: str) -> Iterator[Result]:
@@ -118,12 +124,13 @@ def compare_traces(
     dtype = str(theirs[0][1].dtype)
     for (tensor, got), (expected, true) in zip(ours, theirs, strict=False):
         if tensor != expected:
-            yield Result(f"model {name}", gate, dtype, tensor, np.inf, 0.0, f"the torch engine has {expected} here")
+            note = f"the {both[1].name} engine has {expected} here"
+            yield Result(_label(name, both), gate, dtype, tensor, np.inf, 0.0, note)
             return
-        yield Result(f"model {name}", gate, dtype, tensor, error_of(got, true), bound)
+        yield Result(_label(name, both), gate, dtype, tensor, error_of(got, true), bound)
     if len(ours) != len(theirs):
-        note = f"{len(ours)} tensors, and {len(theirs)} in the torch engine"
-        yield Result(f"model {name}", gate, dtype, "length", np.inf, 0.0, note)
+        note = f"{len(ours)} tensors, and {len(theirs)} in the {both[1].name} engine"
+        yield Result(_label(name, both), gate, dtype, "length", np.inf, 0.0, note)
 
 
 def _traced(engine: Engine, batch: Batch, noise: Noise) -> list[tuple[str, np.ndarray]]:
@@ -188,9 +195,18 @@ def _step(engine: Engine, step: int, lr: float = 1e-3) -> tuple[float, float]:
     return loss, engine.step(lr, MAX_NORM)
 
 
-def lockstep(name: str, dtype: str, steps: int) -> Iterator[Result]:
-    """Train both engines with dropout on; where their losses part, name the first tensor that differs."""
-    both, bound, gate, worst = engines(name, dtype), LOCKSTEP[dtype], f"lockstep {dtype}", 0.0
+def on_kernels(name: str, device: str, steps: int = KERNEL_STEPS) -> Iterator[Result]:
+    """The model on the kernels against the NumPy engine: every tensor of a pass, then some steps in lockstep."""
+    if device == "cpu":
+        both = engines(name, "float64", "triton")
+        yield from compare_traces(name, "trace", both, batch(CONFIGS[name]), noise(), ALGEBRA)
+        yield from lockstep(name, "float64", steps, both)
+    yield from lockstep(name, "float32", steps, engines(name, "float32", "triton", device))
+
+
+def lockstep(name: str, dtype: str, steps: int, both: tuple[Engine, Engine] | None = None) -> Iterator[Result]:
+    """Train two engines with dropout on; where their losses part, name the first tensor that differs."""
+    both, bound, gate, worst = both or engines(name, dtype), LOCKSTEP[dtype], f"lockstep {dtype}", 0.0
     for step in range(steps):
         before = [{tensor: value.copy() for tensor, value in engine.parameters().items()} for engine in both]
         losses = [_step(engine, step)[0] for engine in both]
@@ -199,10 +215,10 @@ def lockstep(name: str, dtype: str, steps: int) -> Iterator[Result]:
             for engine, params in zip(both, before, strict=True):
                 engine.load_parameters(params)
             note = first_difference(name, both, step, bound)
-            yield Result(f"model {name}", gate, f"step {step}", "loss", error, bound, note)
+            yield Result(_label(name, both), gate, f"step {step}", "loss", error, bound, note)
             return
         worst = max(worst, error)
-    yield Result(f"model {name}", gate, f"{steps} steps", "loss", worst, bound)
+    yield Result(_label(name, both), gate, f"{steps} steps", "loss", worst, bound)
 
 
 def first_difference(name: str, both: tuple[Engine, Engine], step: int, bound: float) -> str:

@@ -269,7 +269,10 @@ EMBEDDING = (
     Case((7, 5, 11), scale=1e4),
 )
 LARGE_EMBEDDING = (Case((67, 129, 3, 127)),)
-TARGETS = SHAPES[1:]  # PyTorch's operator wants a row at least
+TARGETS = (*SHAPES[1:], Case((7, 9001)))  # PyTorch's operator wants a row at least
+WIDE = (*SHAPES, Case((3, 8195)))  # wider than the registers beside which a kernel adds up dweight
+LARGE_TARGETS = (Case((23, 259)), Case((3, 7, 127)), Case((13, 64), scale=1e4))  # drawn many times, for the loss
+LARGE_LINEAR_TARGETS = (Case((131, 23, 59)), Case((77, 3, 7, 127)), Case((67, 13, 64), scale=1e4))
 LINEAR_TARGETS = (*LINEAR[1:], Case((300, 67, 11)))
 # A step of 1e-5 of the largest value is no small one beside the bend of GELU at 0: here no value comes so near to it.
 BIASED = (*SHAPES[:-1], Case((5, 11), scale=1e4))
@@ -302,8 +305,8 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
     ("embedding", "embedding", embedding, ("weight",), EMBEDDING, LARGE_EMBEDDING, ADJOINT),
     ("linear", "linear", linear, XWB, LINEAR, LARGE_LINEAR, ADJOINT),
     ("linear-no-bias", "linear", partial(linear, bias=False), XWB, LINEAR, LARGE_LINEAR, ADJOINT),
-    ("layer_norm", "layer_norm", layer_norm, XWB, SHAPES, LARGE_SHAPES, ORTHOGONAL),
-    ("layer_norm-no-bias", "layer_norm", partial(layer_norm, bias=False), XWB, SHAPES, LARGE_SHAPES, ORTHOGONAL),
+    ("layer_norm", "layer_norm", layer_norm, XWB, WIDE, LARGE_SHAPES, ORTHOGONAL),
+    ("layer_norm-no-bias", "layer_norm", partial(layer_norm, bias=False), XWB, WIDE, LARGE_SHAPES, ORTHOGONAL),
     *(
         (name, "add_layer_norm", draw, XRWB, SHAPES, LARGE_SHAPES, ADJOINT, 2.0, ("y", "total"))
         for name, draw in (
@@ -333,7 +336,7 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
         for name, draw in (("flash_attention", attention), ("flash_attention-dropout", partial(attention, rate=0.3)))
     ),
     ("dropout", "dropout", partial(dropout, rate=0.3), ("x",), SHAPES, LARGE_SHAPES, ADJOINT),
-    ("cross_entropy", "cross_entropy", cross_entropy, ("logits",), TARGETS, LARGE_SHAPES, LOGITS, 2.0, ("loss",)),
+    ("cross_entropy", "cross_entropy", cross_entropy, ("logits",), TARGETS, LARGE_TARGETS, LOGITS, 2.0, ("loss",)),
     *(
         (
             name,
@@ -341,7 +344,7 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
             partial(cross_entropy, ignored=share),
             ("logits",),
             TARGETS,
-            LARGE_SHAPES,
+            LARGE_TARGETS,
             LOGITS,
             2.0,
             ("loss",),
@@ -349,7 +352,7 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
         for name, share in (("cross_entropy-ignored", 0.4), ("cross_entropy-all-ignored", 1.0))
     ),
     *(
-        (name, "linear_cross_entropy", draw, XWB, LINEAR_TARGETS, LARGE_LINEAR, (), 2.0, ("loss",))
+        (name, "linear_cross_entropy", draw, XWB, LINEAR_TARGETS, LARGE_LINEAR_TARGETS, (), 2.0, ("loss",))
         for name, draw in (
             ("linear_cross_entropy", linear_cross_entropy),
             ("linear_cross_entropy-no-bias", partial(linear_cross_entropy, bias=False)),
@@ -364,7 +367,7 @@ def select(names: list[str]) -> list[Row]:
     known = {*ROWS, *(row.layer for row in ROWS.values())}
     for name in names:
         if name not in known:
-            close = get_close_matches(name, sorted(known | {"model"}), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose from model, {', '.join(sorted(known))}"
+            close = get_close_matches(name, sorted(known | {"kernels", "model"}), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from kernels, model, {', '.join(sorted(known))}"
             raise UserError(f"{name}: no such operator; {hint}")
     return [row for row in ROWS.values() if not names or row.name in names or row.layer in names]

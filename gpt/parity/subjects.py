@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,7 +188,7 @@ def kernels() -> Kernels:
         return Kernels("cpu")
     if torch.cuda.is_available():
         return Kernels("cuda")
-    raise UserError("kernels: no CUDA GPU here; set TRITON_INTERPRET=1 in the environment to have them interpreted")
+    raise UserError("kernels: no CUDA GPU is here; `twingrad check kernels` has them interpreted, which takes minutes")
 
 
 def function(place: str, dtypes: tuple[str, ...]) -> Differentiable:
@@ -210,14 +211,8 @@ def function(place: str, dtypes: tuple[str, ...]) -> Differentiable:
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"kernel: {file} has no function {name}")
-    on_gpu = torch.cuda.is_available() and not _interprets()
+    on_gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     return Differentiable(name, found, "cuda" if on_gpu else "cpu", dtypes)
-
-
-def _interprets() -> bool:
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def to_tensor(array: np.ndarray, dtype: str, device: str) -> Any:

@@ -14,6 +14,7 @@ from gpt import cli
 from gpt.parity import check
 from gpt.parity.gates import GATES, Result, distance, error_of
 from gpt.parity.ops import ROWS
+from gpt.parity.subjects import REFERENCE
 from reference import gelu
 
 ROOT = Path(__file__).parents[3]
@@ -95,11 +96,11 @@ def without_its_last_row(dy, saved):
         ("laws", off_by_a_thousandth, "<dy, J v>"),
         ("autograd", off_by_the_eleventh_digit, "dx"),
         ("rounding", off_by_eight_roundings, "dx"),
-        ("repeats", other_each_time, "dx"),
-        ("pure", changes_its_input, "dy changed"),
-        ("pure", returns_its_input, "dx in the memory of dy"),
-        ("dtype", always_float64, "dtype of dx"),
-        ("dtype", without_its_last_row, "shape of dx"),
+        ("conduct", other_each_time, "dx repeated"),
+        ("conduct", changes_its_input, "dy changed"),
+        ("conduct", returns_its_input, "dx in the memory of dy"),
+        ("conduct", always_float64, "dtype of dx"),
+        ("conduct", without_its_last_row, "shape of dx"),
     ],
 )
 def test_each_gate_notices_what_it_is_for(monkeypatch, gate, backward, tensor):
@@ -125,7 +126,7 @@ def test_an_operator_that_raises_has_failed_and_says_why(monkeypatch):
 def test_a_gradient_that_is_nan_has_failed(monkeypatch):
     sound = gelu.backward
     monkeypatch.setattr(gelu, "backward", lambda dy, saved: sound(dy, saved) * np.nan)
-    for gate in ("differences", "laws", "repeats"):
+    for gate in ("differences", "laws", "conduct"):
         assert failures(gate), gate
 
 
@@ -136,7 +137,7 @@ def test_a_table_shows_each_operator_with_each_gate_s_error_and_bound(capsys):
     assert cli.main(["check", "gelu"]) == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()
-    assert lines[0].split() == ["operator", *(gate.name for gate in GATES.values() if not check.missing(gate.needs))]
+    assert lines[0].split() == ["operator", *(gate for gate in REFERENCE.gates if not check.missing(GATES[gate].needs))]
     assert "1e-7" in lines[1]
     assert [line.split()[0] for line in lines[2:4]] == ["gelu", "gelu-tanh"]
     assert shown.rstrip().endswith("all within their bounds")
@@ -173,7 +174,16 @@ def test_json_holds_every_measurement(monkeypatch, capsys):
         (["atention"], "atention: no such operator; did you mean attention?"),
         (["modle"], "modle: no such operator; did you mean model?"),
         (["--steps", "-1"], "argument --steps: expected a whole number of at least 0, got '-1'"),
-        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--dtype", "float16"], "dtype: models train in float64 and float32, not in float16"),
+        (["--kernel", "nowhere.py:norm"], "--kernel FILE.py:FUNCTION wants --op OP, and no other operators"),
+        (["--kernel", "nowhere.py:norm", "--op", "layer_norm"], "kernel: there is no file nowhere.py"),
+        (["--kernel", "nowhere", "--op", "layer_norm"], "kernel: expected FILE.py:FUNCTION, got 'nowhere'"),
+        (["--kernel", f"{__file__}:nothing", "--op", "layer_norm"], f"kernel: {__file__} has no function nothing"),
+        (
+            ["--kernel", f"{__file__}:failures", "--op", "layernorm"],
+            "layernorm: no such operator; did you mean layer_norm?",
+        ),
         (["--defect"], "twingrad check has no option --defect; did you mean --defects?"),
         (["--defects", "atention"], "atention: no defects are known of it; did you mean attention?"),
     ],

@@ -22,11 +22,14 @@ def shapes(layer: str) -> set[tuple[int, ...]]:
     return {row.problem(case).inputs()[row.gradients[0]].shape for row in rows for case in row.cases}
 
 
-@pytest.mark.parametrize("layer", ["linear", "layer_norm", "gelu", "dropout", "cross_entropy"])
+ROW_LAYERS = ["linear", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "dropout", "cross_entropy"]
+
+
+@pytest.mark.parametrize("layer", [*ROW_LAYERS, "linear_cross_entropy"])
 def test_sizes_at_which_kernels_go_wrong_are_in_the_table(layer):
     sizes = shapes(layer)
     ranks = {len(shape) for shape in sizes}
-    assert ranks == ({2, 3, 4} if layer == "cross_entropy" else {1, 2, 3, 4})
+    assert ranks == ({2, 3, 4} if "cross_entropy" in layer else {1, 2, 3, 4})
     assert any(shape[-1] == 1 for shape in sizes), "one column"
     assert any(len(shape) == 2 and shape[0] == 1 for shape in sizes), "one row"
     assert any(min(shape) > 64 and all(n % 2 for n in shape) for shape in sizes), "no multiple of a block"
@@ -61,10 +64,10 @@ def test_every_row_is_checked_in_every_layout_and_with_large_values(row):
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_other_layouts_are_what_they_say(layout):
     problem = ROWS["gelu"].problem(Case((13, 29), layout))
-    for array in (problem.arguments["x"], problem.dy):
+    for array in (problem.arguments["x"], *problem.upstream()):
         assert not array.flags.c_contiguous
         assert array.flags.f_contiguous == (layout == "transposed")
-    same = ROWS["gelu"].problem(Case((13, 29), layout), np.float32)
+    same = ROWS["gelu"].problem(Case((13, 29), layout), "float32")
     assert not same.arguments["x"].flags.c_contiguous
     np.testing.assert_array_equal(same.arguments["x"], problem.arguments["x"].astype(np.float32))
 
@@ -73,7 +76,8 @@ def test_other_layouts_are_what_they_say(layout):
 def test_what_is_drawn_hides_no_mistake(row, case):
     """Upstream gradients differ from entry to entry; parameters are neither 0, nor 1, nor small."""
     problem = row.problem(case)
-    assert problem.dy.size == 1 or problem.dy.std() > 0.3
+    for dy in problem.upstream():
+        assert dy.size == 1 or dy.std() > 0.3
     for name in {"weight", "bias"} & set(problem.inputs()):
         values = np.abs(problem.arguments[name])
         assert values.min() >= 0.4
@@ -114,7 +118,7 @@ def test_a_layer_s_name_selects_all_of_its_rows():
     [
         ("atention", "atention: no such operator; did you mean attention?"),
         ("layernorm", "layernorm: no such operator; did you mean layer_norm?"),
-        ("zzz", "zzz: no such operator; choose from model, attention, "),
+        ("zzz", "zzz: no such operator; choose from kernels, model, add_layer_norm, "),
     ],
 )
 def test_an_unknown_operator_is_named_with_the_closest(name, message):
