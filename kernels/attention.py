@@ -135,7 +135,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
     launch.check(q=q, k=k, v=v)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected {q.dtype} like q, got {tensor.dtype}")
+            expected, got = (str(dtype).removeprefix("torch.") for dtype in (q.dtype, tensor.dtype))
+            raise TypeError(f"{name}: expected {expected} like q, got {got}")
     if not D:
         raise ValueError("q: expected a head_dim of at least 1, got 0")
     launch.check_size("q: head_dim", D, MAX_HEAD_DIM)
@@ -218,6 +219,12 @@ def _key_range(first, T, S, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K
         unmasked = S
         stop = S
     return unmasked // BLOCK_K * BLOCK_K, stop
+
+
+@triton.jit
+def _probabilities(s, lse, SCALE: tl.constexpr):
+    """What the forward pass had. At most 1: large scores, made in another order, differ by far more than that in s."""
+    return tl.exp2(tl.minimum(s * (SCALE * LOG2_E) - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 # The kernels.
@@ -355,7 +362,7 @@ def _add_dq(
         s = dot(q, tl.trans(k_tile), zeros)  # (BLOCK_Q, BLOCK_K)
         if MASKED:
             s = tl.where(_seen(rows[:, None], (first + keys)[None, :], T, S, CAUSAL), s, float("-inf"))
-        p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
+        p = _probabilities(s, lse[:, None], SCALE)
         dp = dot(dy, tl.trans(v_tile), zeros)
         if DROPOUT:
             keep = philox.keep_mask(key, threshold, n, rows[:, None], first, BLOCK_K)
@@ -443,7 +450,7 @@ def _add_dk_dv(
         s = dot(k, tl.trans(q_tile), zeros)
         if MASKED:
             s = tl.where(_seen(rows[None, :], keys[:, None], T, S, CAUSAL), s, float("-inf"))
-        p = tl.exp2(s * (SCALE * LOG2_E) - tl.load(lse + rows, mask=rows < T, other=0.0)[None, :])
+        p = _probabilities(s, tl.load(lse + rows, mask=rows < T, other=0.0)[None, :], SCALE)
         dp = dot(v, tl.trans(dy_tile), zeros)
         dropped = p
         if DROPOUT:
