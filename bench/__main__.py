@@ -1,4 +1,4 @@
-"""python -m bench cpu | layers | matmul: time the engines against each other on this machine."""
+"""python -m bench cpu | layers | matmul | static: the engines against each other, and what kernels compile to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import cpu, layers, matmul
+from bench import cpu, layers, matmul, static
 from gpt.errors import UserError
 
 
@@ -19,12 +19,18 @@ def main(argv: list[str] | None = None) -> int:
     steps.add_argument("--rounds", type=int, help="timed steps of each engine (default: by the case)")
     each = commands.add_parser("layers", help="every layer, forward and backward, of both engines (pytest-benchmark)")
     product = commands.add_parser("matmul", help="one matrix product on the CPU, and on a GPU where there is one")
-    for command in (steps, each, product):
+    compiled = commands.add_parser("static", help="compile every kernel without a GPU: registers, spills, instructions")
+    compiled.add_argument("layers", nargs="*", metavar="LAYER", help="layers or operators; all unless named")
+    compiled.add_argument("--arch", type=int, action="append", choices=(80, 90, 100), help="of sm_80, sm_90, sm_100")
+    compiled.add_argument("--against", type=Path, help="also say what changed since this JSON file was written")
+    for command in (steps, each, product, compiled):
         command.add_argument("--out", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "layers":
             return layers.main(arguments.out)
+        if arguments.command == "static":
+            return static.main(arguments.layers, arguments.arch or (), arguments.out, arguments.against)
         if arguments.command == "matmul":
             return matmul.main(arguments.out)
         return cpu.main(arguments.cases, arguments.rounds, arguments.out)

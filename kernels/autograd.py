@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from kernels.philox import Noise
+from kernels.philox import Noise, signed
 
 _SCHEMA_TYPES = {
     torch.Tensor: "Tensor",
@@ -96,6 +96,8 @@ def operator(
     def apply(*positional: Any, **named: Any) -> Any:
         bound = signature.bind(*positional, **named)
         bound.apply_defaults()
+        if isinstance(bound.arguments.get("noise"), tuple):
+            bound.arguments["noise"] = signed(bound.arguments["noise"])
         values = _cast(bound.arguments.values(), autocast)
         output = _as_tuple(forward_op(*values))[: len(results)]
         return output if len(results) > 1 else output[0]

@@ -110,7 +110,7 @@ def forward_kernel(
 ):
     row = tl.program_id(0)
     x_ptr += tl.cast(row, tl.int64) * stride
-    m, z = softmax_statistics(x_ptr, V, BLOCK, m_ptr.dtype.element_ty)
+    m, z = softmax_statistics(x_ptr, V, V, BLOCK, m_ptr.dtype.element_ty)
     tl.store(m_ptr + row, m)
     tl.store(z_ptr + row, z)
     tl.store(loss_ptr + row, loss_of_row(x_ptr, tl.load(target_ptr + row), m, z, V, ignore_index))
@@ -144,13 +144,14 @@ def backward_kernel(
 
 
 @triton.jit
-def softmax_statistics(x_ptr, V, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """m, the largest of V logits, and z, the sum of exp(x - m)."""
+def softmax_statistics(x_ptr, V, length, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """m, the largest of V logits, and z, the sum of exp(x - m). `length`, V at least, is how many may be loaded."""
     m = tl.full((), LOWEST, dtype)
     z = tl.zeros((), dtype)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = wide(tl.load(x_ptr + columns, mask=columns < V, other=float("-inf")))  # (BLOCK,)
+        x = wide(tl.load(x_ptr + columns, mask=columns < length, other=float("-inf")))  # (BLOCK,)
+        x = tl.where(columns < V, x, float("-inf"))
         larger = tl.maximum(m, tl.max(x, axis=0))
         z = z * tl.exp(m - larger) + tl.sum(tl.exp(x - larger), axis=0)
         m = larger

@@ -51,7 +51,7 @@ def forward(
         launch.check_shape("bias", bias, (V,))
     rows, target = x.reshape(-1, C), targets.reshape(-1).contiguous()
     chunk = rows_at_a_time(len(rows), V)
-    # A row of logits begins at a multiple of 16 entries, whatever V is, to be read 16 bytes at a time.
+    # A row of logits takes a multiple of 16 entries, whatever V is, to be read and written 16 bytes at a time.
     buffer = torch.empty((chunk, triton.cdiv(V, 16) * 16), dtype=x.dtype, device=x.device)
     losses = torch.empty(len(rows), dtype=launch.wide(x.dtype), device=x.device)
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
@@ -105,25 +105,26 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @triton.jit
 def in_place_kernel(
-    x_ptr,  # (N, V): logits, then their gradient
+    x_ptr,  # (N, length), V of it used: logits, then their gradient
     target_ptr,  # (N,)
     loss_ptr,  # (N,)
-    stride,  # from row to row of x
+    length,  # of a row
     V,
     ignore_index,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    x_ptr += tl.cast(row, tl.int64) * stride
-    m, z = softmax_statistics(x_ptr, V, BLOCK, loss_ptr.dtype.element_ty)
+    x_ptr += tl.cast(row, tl.int64) * length
+    m, z = softmax_statistics(x_ptr, V, length, BLOCK, loss_ptr.dtype.element_ty)
     target = tl.load(target_ptr + row)
     tl.store(loss_ptr + row, loss_of_row(x_ptr, target, m, z, V, ignore_index))
     tl.debug_barrier()  # all threads have read the target's logit before one of them overwrites it
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = wide(tl.load(x_ptr + columns, mask=columns < V, other=float("-inf")))  # (BLOCK,)
+        x = wide(tl.load(x_ptr + columns, mask=columns < length, other=float("-inf")))  # (BLOCK,)
+        x = tl.where(columns < V, x, float("-inf"))
         dx = dlogits(x, columns, target, m, z, V, ignore_index)
-        tl.store(x_ptr + columns, rounded(dx, x_ptr.dtype.element_ty), mask=columns < V)
+        tl.store(x_ptr + columns, rounded(dx, x_ptr.dtype.element_ty), mask=columns < length)
 
 
 operator = autograd.operator(

@@ -23,8 +23,14 @@ def arguments(rate: float, noise: Noise | None) -> tuple[int, int, int, float]:
         return 0, 0, 0, 1.0
     if not isinstance(noise, (tuple, list)) or len(noise) != 2:
         raise TypeError(f"noise: kernels compute their masks, expected (key, first), got {type(noise).__name__}")
-    key, first = (_signed(word, 64) for word in noise)
+    key, first = signed(noise)
     return key, first, _signed(min(2**32 - 1, round(rate * 2**32)), 32), 1 / (1 - rate)
+
+
+def signed(noise: Noise) -> Noise:
+    """The same bits as signed words, which is what custom operators and kernels take."""
+    key, first = (_signed(word, 64) for word in noise)
+    return key, first
 
 
 def _signed(word: int, bits: int) -> int:

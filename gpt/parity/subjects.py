@@ -146,7 +146,8 @@ class Differentiable(Tensors):
             self.forward_only.add(row.name)
             return named
         gradients = torch.autograd.grad(results, list(leaves.values()), dy)
-        return named | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        # Autograd may hand on dy itself as a gradient, which is its own affair.
+        return named | {f"d{name}": gradient.clone() for name, gradient in zip(leaves, gradients, strict=True)}
 
     def forward(self, row: Row, arguments: Mapping[str, Any]) -> tuple[Native, ...]:
         assert self.function is not None
