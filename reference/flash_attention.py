@@ -47,6 +47,11 @@ class Launch(NamedTuple):
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def factor(self) -> float:
+        """What makes up for what is dropped. It multiplies sums of kept terms, once, rather than each term."""
+        return 1.0 if self.noise is None else 1 / (1 - self.rate)
+
+    @property
     def past(self) -> int:
         """Query t is at position t + past."""
         return self.k.shape[2] - self.q.shape[2]
@@ -109,10 +114,10 @@ def _y_lse(launch: Launch, b: int, h: int, rows: np.ndarray) -> tuple[np.ndarray
         p = np.exp2(s - larger[:, None])  # (rows, columns)
         shrink = np.exp2(m - larger)
         l = l * shrink + p.sum(axis=1)  # noqa: E741
-        o = o * shrink[:, None] + _drop(launch, p, b, h, rows, columns) @ v[b, g, columns]
+        o = o * shrink[:, None] + _kept(launch, p, b, h, rows, columns) @ v[b, g, columns]
         m = larger
     l = np.where(l > 0, l, 1)  # noqa: E741
-    return o / l[:, None], m + np.log2(l)
+    return o * (launch.factor / l)[:, None], m + np.log2(l)
 
 
 def _dq(
@@ -136,10 +141,10 @@ def _dk_dv(
     first = max(0, columns[0] - launch.past) // launch.block_q * launch.block_q if launch.causal else 0
     for h in range(g * launch.group, (g + 1) * launch.group):
         for rows in _tiles(first, q.shape[2], launch.block_q):
-            dropped, ds = _softmax_backward(launch, dy, lse, delta, b, h, rows, columns)
-            dv += dropped.T @ dy[b, h, rows]
+            kept, ds = _softmax_backward(launch, dy, lse, delta, b, h, rows, columns)
+            dv += kept.T @ dy[b, h, rows]
             dk += ds.T @ q[b, h, rows]
-    return dk * launch.scale, dv
+    return dk * launch.scale, dv * launch.factor
 
 
 # Steps on one tile, rows by columns, of head (b, h).
@@ -155,11 +160,12 @@ def _softmax_backward(
     rows: np.ndarray,
     columns: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """p, computed again and dropped, and ds, the gradient of the scores."""
-    p = np.exp2(_scores(launch, b, h, rows, columns) - lse[b, h, rows][:, None])
-    dp = dy[b, h, rows] @ launch.v[b, h // launch.group, columns].T
-    ds = p * (_drop(launch, dp, b, h, rows, columns) - delta[b, h, rows][:, None])
-    return _drop(launch, p, b, h, rows, columns), ds
+    """What is kept of p, computed again, and ds, the gradient of the scores."""
+    # At most 1: large scores, made in another order of sums, may differ from those in lse by far more than that.
+    p = np.exp2(np.minimum(_scores(launch, b, h, rows, columns) - lse[b, h, rows][:, None], 0))
+    dp = dy[b, h, rows] @ launch.v[b, h // launch.group, columns].T * launch.factor
+    ds = p * (_kept(launch, dp, b, h, rows, columns) - delta[b, h, rows][:, None])
+    return _kept(launch, p, b, h, rows, columns), ds
 
 
 def _scores(launch: Launch, b: int, h: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -170,9 +176,9 @@ def _scores(launch: Launch, b: int, h: int, rows: np.ndarray, columns: np.ndarra
     return s
 
 
-def _drop(launch: Launch, p: np.ndarray, b: int, h: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Dropout with the mask of `philox.keep_mask`, computed where it is needed."""
-    rate, noise = launch.rate, launch.noise
+def _kept(launch: Launch, p: np.ndarray, b: int, h: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """p where it is kept, 0 elsewhere: the mask of `philox.keep_mask`, computed where it is needed."""
+    noise = launch.noise
     if noise is None:
         return p
     if isinstance(noise, np.ndarray):
@@ -181,8 +187,8 @@ def _drop(launch: Launch, p: np.ndarray, b: int, h: int, rows: np.ndarray, colum
         key, first = noise
         n = first + b * launch.q.shape[1] + h
         words = philox.philox((columns // 4, rows[:, None], n & 0xFFFFFFFF, n >> 32), key)  # four of (rows, columns)
-        keep = np.choose(columns % 4, words) >= min(2**32 - 1, round(rate * 2**32))
-    return p * keep * (1 / (1 - rate))
+        keep = np.choose(columns % 4, words) >= min(2**32 - 1, round(launch.rate * 2**32))
+    return p * keep
 
 
 def _seen(launch: Launch, rows: np.ndarray) -> int:
