@@ -1,4 +1,4 @@
-"""python -m bench cpu | layers | matmul | static: the engines against each other, and what kernels compile to."""
+"""python -m bench cpu | layers | matmul | static | gpu: engines and kernels, against each other and their peers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bench import cpu, layers, matmul, static
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,12 +23,28 @@ def main(argv: list[str] | None = None) -> int:
     compiled.add_argument("layers", nargs="*", metavar="LAYER", help="layers or operators; all unless named")
     compiled.add_argument("--arch", type=int, action="append", choices=(80, 90, 100), help="of sm_80, sm_90, sm_100")
     compiled.add_argument("--against", type=Path, help="also say what changed since this JSON file was written")
-    for command in (steps, each, product, compiled):
+    on_gpu = commands.add_parser(
+        "gpu", help="kernels on a GPU: checked, then timed against the machine's limits and peers"
+    )
+    on_gpu.add_argument(
+        "layers", nargs="*", metavar="LAYER", help="layers to measure; all, and a whole model, unless named"
+    )
+    on_gpu.add_argument("--minutes", type=float, default=8.0, help="leave out what would take longer (8)")
+    on_gpu.add_argument("--no-check", dest="check", action="store_false", help="time without checking first")
+    on_gpu.add_argument("--tiny", action="store_true", help="sizes that try the benchmark itself, on any machine")
+    on_gpu.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="also time this function, as LAYER")
+    for command in (steps, each, product, compiled, on_gpu):
         command.add_argument("--out", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "layers":
             return layers.main(arguments.out)
+        if arguments.command == "gpu":
+            require("triton", extra="torch")
+            from bench import gpu
+
+            given = {name: getattr(arguments, name) for name in ("minutes", "check", "tiny", "kernel", "out")}
+            return gpu.main(gpu.Options(tuple(arguments.layers), **given))
         if arguments.command == "static":
             return static.main(arguments.layers, arguments.arch or (), arguments.out, arguments.against)
         if arguments.command == "matmul":

@@ -17,14 +17,19 @@ from gpt.data.files import atomic_write
 def surroundings() -> dict[str, Any]:
     """Date, machine, versions and commit."""
     versions = {}
-    for package in ("numpy", "torch", "triton", "pytest-benchmark"):
+    for package in ("numpy", "torch", "triton", "liger-kernel", "pytest-benchmark"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "system": platform.platform(),
+            **_gpu(),
+        },
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
@@ -44,6 +49,18 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU's name, driver and capability, where a command line tool of its driver tells."""
+    fields = ("name", "driver_version", "compute_cap")
+    try:
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = answer.stdout.splitlines()[0].split(", ") if answer.returncode == 0 and answer.stdout else ()
+    return {f"gpu_{key}": value for key, value in zip(fields, values, strict=False)}
 
 
 def _commit() -> str | None:

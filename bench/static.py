@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -338,7 +339,8 @@ def compile_all(found: Sequence[Launch], architectures: Sequence[int]) -> dict[t
     jobs = [(launch, architecture) for launch in found for architecture in architectures]
     done: dict[tuple[Launch, int], Compiled] = {}
     begun = time.monotonic()
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    fresh = multiprocessing.get_context("spawn")  # a forked process would share PyTorch's threads, and wait for them
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), fresh) as pool:
         for job, made in zip(jobs, pool.map(_compile_job, jobs, chunksize=2), strict=True):
             done[job] = made
             if sys.stderr.isatty():
