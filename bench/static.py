@@ -13,8 +13,9 @@ matrix      instructions of the tensor cores: HMMA a warp's, HGMMA a warp group'
 16 bytes    share of the bytes which go to and from global memory 16 at a time
 
 The gate: no stack; shared memory within the architecture's limit; attention in 16 bits uses HGMMA on sm_90, and tensor
-cores everywhere; kernels that go through rows do so 16 bytes at a time where rows are aligned; and every kernel of
-`kernels/` was reached. It says nothing about time.
+cores everywhere; kernels that go through rows do so 16 bytes at a time where rows are aligned (beside what there is one
+of for each row: less than 45% of a thread's bytes); and every kernel of `kernels/` was reached. On sm_100 all this is
+noted, but does not fail: the tables of configurations are made for sm_80 and sm_90. It says nothing about time.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ ARCHITECTURES = {
     90: Architecture(228 * 1024, 227 * 1024),
     100: Architecture(228 * 1024, 227 * 1024),
 }
+
+
+NOTED = 100  # what is wrong there is told, but is no failure
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,7 @@ def violations(launch: Launch, architecture: int, compiled: Compiled) -> Iterato
         wanted = "HGMMA" if architecture == 90 and not narrow else "MMA"
         if not any(wanted in name for name in compiled.matrix):
             yield f"matrix products without {wanted}"
-    if _has_aligned_rows(launch) and compiled.wide_share < 0.75:
+    if _has_aligned_rows(launch) and compiled.wide_share < 0.55:
         yield f"only {compiled.wide_share:.0%} of bytes go 16 at a time: {compiled.widths}"
 
 
@@ -318,11 +322,18 @@ def main(names: Sequence[str], architectures: Sequence[int], out: Path | None, a
     }
     for line in changes(before, cases) if against else ():
         print(line)
-    failures = [
-        f"{launch} sm_{architecture}: {line}"
-        for (launch, architecture), made in compiled.items()
-        for line in violations(launch, architecture, made)
-    ]
+    found_wrong = {
+        architecture: [
+            f"{launch} sm_{architecture}: {line}"
+            for (launch, each), made in compiled.items()
+            if each == architecture
+            for line in violations(launch, architecture, made)
+        ]
+        for architecture in ARCHITECTURES
+    }
+    for line in found_wrong.pop(NOTED):
+        print(f"noted  {line}")
+    failures = [line for lines in found_wrong.values() for line in lines]
     failures += [f"{name}: no launch of it was found" for name in (unreached(found) if not names else [])]
     for line in failures:
         print(f"FAILED  {line}")

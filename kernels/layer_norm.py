@@ -170,6 +170,8 @@ def backward_kernel(
         start = tl.cast(row, tl.int64) * C
         x = wide(tl.load(x_ptr + start + columns, mask=inside, other=0))
         dy = wide(tl.load(dy_ptr + start + columns, mask=inside, other=0))
+        if dweight_ptr is None:  # beside so wide a row no registers are left to keep the weight in
+            weight = wide(tl.load(weight_ptr + columns, mask=inside, other=0))
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
         h = tl.where(inside, (x - mean) * rstd, 0)
         g = dy * weight
