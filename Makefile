@@ -1,4 +1,4 @@
-# make demo | test | lint | reproduce      everything is installed into .venv, once
+# make demo | test | lint | static | reproduce      everything is installed into .venv, once
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A new version pin or a new top-level package asks for a fresh install.
 PROJECT := pyproject.toml constraints.txt $(wildcard */__init__.py)
 
-.PHONY: demo test lint reproduce clean
+.PHONY: demo test lint static reproduce clean
 
 demo: $(VENV)/.torch
 	$(BIN)/twingrad demo
@@ -18,6 +18,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+static: $(VENV)/.dev
+	$(BIN)/python -m bench static --against bench/results/static.json
 
 reproduce: $(VENV)/.dev
 	$(BIN)/python -m tests.figures
