@@ -91,3 +91,9 @@ def logit_shift(problem: Problem) -> Iterator[Measure]:
     """A number added to all logits of a row changes nothing: dlogits sums to 0 in each row."""
     dlogits = problem.run()["dlogits"]
     yield "dlogits summed over a row", relative(dlogits.sum(axis=-1), np.abs(dlogits).sum(axis=-1)), EXACT
+
+
+def weight_shift(problem: Problem) -> Iterator[Measure]:
+    """The same vector added to every row of the head adds a number to all logits: dweight sums to 0 over the rows."""
+    dweight = problem.run()["dweight"]
+    yield "dweight summed over the vocabulary", relative(dweight.sum(axis=0), np.abs(dweight).sum(axis=0)), EXACT

@@ -352,7 +352,17 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
         for name, share in (("cross_entropy-ignored", 0.4), ("cross_entropy-all-ignored", 1.0))
     ),
     *(
-        (name, "linear_cross_entropy", draw, XWB, LINEAR_TARGETS, LARGE_LINEAR_TARGETS, (), 2.0, ("loss",))
+        (
+            name,
+            "linear_cross_entropy",
+            draw,
+            XWB,
+            LINEAR_TARGETS,
+            LARGE_LINEAR_TARGETS,
+            (laws.weight_shift,),
+            2.0,
+            ("loss",),
+        )
         for name, draw in (
             ("linear_cross_entropy", linear_cross_entropy),
             ("linear_cross_entropy-no-bias", partial(linear_cross_entropy, bias=False)),

@@ -137,7 +137,7 @@ def test_help_shows_each_field_with_its_docstring_and_default(capsys):
         ("--steps -1", "steps: expected at least 0, got -1"),
         ("--lr fast", "optimizer.lr: expected number, got 'fast'"),
         ("--betas 0.9", "optimizer.betas: expected number,number, got '0.9'"),
-        ("--engine nunpy", "engine: expected auto|numpy|torch, got 'nunpy'; did you mean numpy?"),
+        ("--engine nunpy", "engine: expected auto|numpy|torch|triton, got 'nunpy'; did you mean numpy?"),
         ("--shuffle maybe", "shuffle: expected true|false, got 'maybe'"),
         ("--data", "argument --data: expected one argument (see twingrad train --help)"),
         ("--config missing.yaml", "missing.yaml: No such file or directory"),
@@ -411,7 +411,7 @@ def test_train_stopped_by_ctrl_c_exits_130_and_can_be_resumed(text, tmp_path):
         (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
         (["--lr", "-1"], "lr: expected a positive learning rate, got -1.0"),
         (["--model.context_length", "5000"], "training split"),
-        (["--engine", "jax"], "engine: expected auto|numpy|torch, got 'jax'"),
+        (["--engine", "jax"], "engine: expected auto|numpy|torch|triton, got 'jax'"),
         (["--max_length", "65"], "max_length: expected at most the model's context_length 64, got 65"),
     ],
 )
