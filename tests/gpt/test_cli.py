@@ -137,7 +137,7 @@ def test_help_shows_each_field_with_its_docstring_and_default(capsys):
         ("--steps -1", "steps: expected at least 0, got -1"),
         ("--lr fast", "optimizer.lr: expected number, got 'fast'"),
         ("--betas 0.9", "optimizer.betas: expected number,number, got '0.9'"),
-        ("--engine nunpy", "engine: expected auto|numpy|torch|triton, got 'nunpy'; did you mean numpy?"),
+        ("--engine nunpy", "engine: expected auto|numpy|torch, got 'nunpy'; did you mean numpy?"),
         ("--shuffle maybe", "shuffle: expected true|false, got 'maybe'"),
         ("--data", "argument --data: expected one argument (see twingrad train --help)"),
         ("--config missing.yaml", "missing.yaml: No such file or directory"),
