@@ -179,22 +179,24 @@ def torch_operator(row: Row) -> Callable[..., Any]:
     return getattr(ops, name, None) or getattr(torch.nn.functional, name)
 
 
+def on_gpu() -> bool:
+    """Whether kernels run on a GPU: there is one, and Triton was not told to interpret."""
+    torch = require("torch", extra="torch")
+    return torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+
+
 def kernels() -> Kernels:
     """The kernels where they can run here: on the GPU, or else interpreted. UserError where neither goes."""
-    torch = require("torch", extra="torch")
     require("triton", extra="torch")
     from kernels.numerics import INTERPRETED
 
-    if INTERPRETED.value:
-        return Kernels("cpu")
-    if torch.cuda.is_available():
-        return Kernels("cuda")
-    raise UserError("kernels: no CUDA GPU is here; `twingrad check kernels` has them interpreted, which takes minutes")
+    if not INTERPRETED.value and not on_gpu():
+        raise UserError("kernels: no CUDA GPU is here; TRITON_INTERPRET=1 in the environment has them interpreted")
+    return Kernels("cpu" if INTERPRETED.value else "cuda")
 
 
 def function(place: str, dtypes: tuple[str, ...]) -> Differentiable:
     """The function at FILE.py:FUNCTION. UserError where there is none."""
-    torch = require("torch", extra="torch")
     file, _, name = place.rpartition(":")
     path = Path(file)
     if not file or path.suffix != ".py" or not name.isidentifier():
@@ -212,8 +214,7 @@ def function(place: str, dtypes: tuple[str, ...]) -> Differentiable:
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"kernel: {file} has no function {name}")
-    on_gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-    return Differentiable(name, found, "cuda" if on_gpu else "cpu", dtypes)
+    return Differentiable(name, found, "cuda" if on_gpu() else "cpu", dtypes)
 
 
 def to_tensor(array: np.ndarray, dtype: str, device: str) -> Any:
