@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import autograd, launch, philox
 from kernels.numerics import dot, rounded
@@ -26,38 +27,40 @@ from kernels.philox import Noise
 
 MAX_HEAD_DIM = 256  # a tile of a head has to fit on chip
 
-# Kernel and bytes of an element -> for heads up to this wide: (BLOCK_Q, BLOCK_K, num_warps, num_stages), and the same
-# with dropout, whose random words take registers. `python -m bench static` shows what becomes of each: none spills.
-CONFIGURATIONS: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]] = {
+# Kernel and bytes of an element -> for heads up to this wide: (BLOCK_Q, BLOCK_K, num_warps, num_stages), the same with
+# dropout, whose random words take registers, and for heads of a width that is no power of 2, with dropout or not: their
+# loads have masks, and are narrow. `python -m bench static` shows what becomes of each: none spills.
+Configuration = tuple[int, int, int, int]
+CONFIGURATIONS: dict[tuple[str, int], dict[int, tuple[Configuration, Configuration, Configuration]]] = {
     ("forward", 2): {
-        64: ((128, 64, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 64, 8, 3), (64, 32, 4, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        64: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     },
     ("dq", 2): {
-        64: ((128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 32, 8, 2), (128, 32, 8, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        64: ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     },
     ("dk_dv", 2): {
-        64: ((32, 128, 8, 2), (16, 128, 8, 2)),
-        128: ((32, 64, 8, 2), (16, 64, 8, 2)),
-        256: ((32, 32, 8, 1), (16, 32, 8, 2)),
+        64: ((64, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2)),
+        128: ((64, 64, 8, 2), (16, 64, 8, 2), (16, 64, 8, 2)),
+        256: ((32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
     },
     ("forward", 4): {
-        64: ((64, 32, 8, 2), (64, 32, 8, 2)),
-        128: ((32, 32, 8, 2), (32, 32, 8, 2)),
-        256: ((16, 16, 8, 2), (16, 16, 8, 2)),
+        64: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        128: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+        256: ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     },
     ("dq", 4): {
-        64: ((64, 32, 8, 2), (64, 32, 8, 2)),
-        128: ((32, 32, 8, 2), (32, 16, 8, 2)),
-        256: ((16, 16, 8, 2), (16, 16, 8, 2)),
+        64: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        128: ((32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+        256: ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     },
     ("dk_dv", 4): {
-        64: ((16, 64, 8, 1), (32, 32, 8, 2)),
-        128: ((16, 16, 4, 1), (16, 32, 4, 1)),
-        256: ((16, 32, 16, 1), (16, 16, 4, 1)),
+        64: ((16, 64, 8, 1), (32, 32, 8, 2), (32, 32, 8, 2)),
+        128: ((16, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        256: ((16, 32, 16, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
 }
 
@@ -94,10 +97,9 @@ def forward(
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((B, H, T), dtype=launch.wide(q.dtype), device=q.device)
     saved = Saved(q, k, v, causal, scale, rate, noise, y, lse)
-    tile, numbers, constants = _arguments("forward", saved)
-    strides = q.stride() + k.stride() + v.stride() + y.stride()
+    numbers, constants, tile = _arguments("forward", saved, q, k, v, y)
     grid = (B * H * triton.cdiv(T, tile["BLOCK_Q"]),)
-    launch.launch(forward_kernel, grid, q, k, v, y, lse, *strides, *numbers, **constants, **tile)
+    launch.launch(forward_kernel, grid, q, k, v, y, lse, *numbers, **constants, **tile)
     return y, saved
 
 
@@ -110,17 +112,14 @@ def backward(dy: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
     dk, dv = (torch.empty((B, S, G, D), dtype=q.dtype, device=q.device).transpose(1, 2) for _ in "kv")
     delta = torch.empty_like(lse)
-    qkv_strides = q.stride() + k.stride() + v.stride()
 
-    tile, numbers, constants = _arguments("dq", saved)
-    strides = qkv_strides + y.stride() + dy.stride() + dq.stride()
+    numbers, constants, tile = _arguments("dq", saved, q, k, v, y, dy, dq)
     grid = (B * H * triton.cdiv(T, tile["BLOCK_Q"]),)
-    launch.launch(dq_kernel, grid, q, k, v, y, dy, lse, delta, dq, *strides, *numbers, **constants, **tile)
+    launch.launch(dq_kernel, grid, q, k, v, y, dy, lse, delta, dq, *numbers, **constants, **tile)
 
-    tile, numbers, constants = _arguments("dk_dv", saved)
-    strides = qkv_strides + dy.stride() + dk.stride() + dv.stride()
+    numbers, constants, tile = _arguments("dk_dv", saved, q, k, v, dy, dk, dv)
     grid = (B * G * triton.cdiv(S, tile["BLOCK_K"]),)
-    launch.launch(dk_dv_kernel, grid, q, k, v, dy, lse, delta, dk, dv, *strides, *numbers, **constants, **tile)
+    launch.launch(dk_dv_kernel, grid, q, k, v, dy, lse, delta, dk, dv, *numbers, **constants, **tile)
     return dq, dk, dv
 
 
@@ -144,31 +143,51 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
         raise ValueError(f"scale: expected a positive number, got {scale!r}")
 
 
-def _arguments(kernel: str, saved: Saved) -> tuple[dict[str, int], tuple[int, ...], dict[str, float | bool]]:
-    """Of a kernel's arguments the tile, the numbers that vary from call to call, and those that a model fixes."""
+def _arguments(
+    kernel: str, saved: Saved, *tensors: torch.Tensor
+) -> tuple[tuple[int, ...], dict[str, float | bool], dict[str, int]]:
+    """What a kernel takes after its pointers: strides and other numbers, what a model fixes, and the tile."""
     H, T, D = saved.q.shape[1:]
     G, S = saved.k.shape[1:3]
     key, first, threshold, factor = philox.arguments(saved.rate, saved.noise)
     BLOCK_D = max(16, launch.power_of_2(D))  # the narrowest operand of a tensor core
-    plain, with_dropout = CONFIGURATIONS[kernel, min(4, saved.q.element_size())][max(64, BLOCK_D)]
-    tile = dict(
-        zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), with_dropout if factor > 1 else plain, strict=True)
-    )
+    configurations = CONFIGURATIONS[kernel, min(4, saved.q.element_size())][max(64, BLOCK_D)]
+    choice = configurations[2 if D < BLOCK_D else 1 if factor > 1 else 0]
+    tile = dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), choice, strict=True))
     constants = {
         "SCALE": 1 / math.sqrt(D) if saved.scale is None else saved.scale,
         "CAUSAL": saved.causal,
         "DROPOUT": factor > 1,
         "FACTOR": factor,
+        "ALIGNED": _aligned(*tensors),
         "HEAD_DIM": int(D),
         "BLOCK_D": BLOCK_D,
     }
-    return tile, (H, H // G, T, S, key, first, threshold), constants
+    strides = tuple(stride for tensor in tensors for stride in tensor.stride())
+    return (*strides, H, H // G, T, S, key, first, threshold), constants, tile
+
+
+def _aligned(*tensors: torch.Tensor) -> int:
+    """Of how many entries the distance of any two rows is a multiple: a power of 2, 16 at most.
+
+    By itself Triton looks for 16 or nothing, and would read heads of 54 entries one by one.
+    """
+    if isinstance(tensors[0], FakeTensor):  # strides may be symbols, and nothing is launched
+        return 1
+    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:3]))
 
 
 # Steps that the kernels have in common. A tile holds rows of one head, (rows, BLOCK_D): with zeros beyond HEAD_DIM.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: finite, so that m - m is 0 where no key is seen
+
+
+@triton.jit
+def _known(stride_b, stride_h, stride_row, ALIGNED: tl.constexpr):
+    """The same strides, which the compiler now knows to be multiples of ALIGNED: so wide can loads be."""
+    b, h, row = tl.cast(stride_b, tl.int64), tl.cast(stride_h, tl.int64), tl.cast(stride_row, tl.int64)
+    return tl.multiple_of(b, ALIGNED), tl.multiple_of(h, ALIGNED), tl.multiple_of(row, ALIGNED)
 
 
 @triton.jit
@@ -239,10 +258,14 @@ def forward_kernel(
     lse_ptr,  # (B, H, T), in rows
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, y_b, y_h, y_t, y_d,  # strides
     H, GROUP, T, S, key: tl.int64, first_head: tl.int64, threshold: tl.int32,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y and lse of a tile of queries of one head."""
+    q_b, q_h, q_t = _known(q_b, q_h, q_t, ALIGNED)
+    k_b, k_h, k_t = _known(k_b, k_h, k_t, ALIGNED)
+    v_b, v_h, v_t = _known(v_b, v_h, v_t, ALIGNED)
+    y_b, y_h, y_t = _known(y_b, y_h, y_t, ALIGNED)
     tiles = tl.cdiv(T, BLOCK_Q)
     n = tl.program_id(0) // tiles
     b, h = n // H, n % H
@@ -310,10 +333,16 @@ def dq_kernel(
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,  # strides
     y_b, y_h, y_t, y_d, dy_b, dy_h, dy_t, dy_d, dq_b, dq_h, dq_t, dq_d,
     H, GROUP, T, S, key: tl.int64, first_head: tl.int64, threshold: tl.int32,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries of one head, and delta = rowsum(y dy): what softmax's gradient takes away."""
+    q_b, q_h, q_t = _known(q_b, q_h, q_t, ALIGNED)
+    k_b, k_h, k_t = _known(k_b, k_h, k_t, ALIGNED)
+    v_b, v_h, v_t = _known(v_b, v_h, v_t, ALIGNED)
+    y_b, y_h, y_t = _known(y_b, y_h, y_t, ALIGNED)
+    dy_b, dy_h, dy_t = _known(dy_b, dy_h, dy_t, ALIGNED)
+    dq_b, dq_h, dq_t = _known(dq_b, dq_h, dq_t, ALIGNED)
     tiles = tl.cdiv(T, BLOCK_Q)
     n = tl.program_id(0) // tiles
     b, h = n // H, n % H
@@ -385,10 +414,16 @@ def dk_dv_kernel(
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,  # strides
     dy_b, dy_h, dy_t, dy_d, dk_b, dk_h, dk_t, dk_d, dv_b, dv_h, dv_t, dv_d,
     H, GROUP, T, S, key: tl.int64, first_head: tl.int64, threshold: tl.int32,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys of one key head, over the query heads that share it."""
+    q_b, q_h, q_t = _known(q_b, q_h, q_t, ALIGNED)
+    k_b, k_h, k_t = _known(k_b, k_h, k_t, ALIGNED)
+    v_b, v_h, v_t = _known(v_b, v_h, v_t, ALIGNED)
+    dy_b, dy_h, dy_t = _known(dy_b, dy_h, dy_t, ALIGNED)
+    dk_b, dk_h, dk_t = _known(dk_b, dk_h, dk_t, ALIGNED)
+    dv_b, dv_h, dv_t = _known(dv_b, dv_h, dv_t, ALIGNED)
     tiles = tl.cdiv(S, BLOCK_K)
     G = H // GROUP
     b, g = tl.program_id(0) // tiles // G, tl.program_id(0) // tiles % G
