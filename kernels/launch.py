@@ -90,6 +90,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if any(tensor.device.type == "meta" or isinstance(tensor, FakeTensor) for tensor in tensors):
         if _recordings:
             _recordings[-1].append(Launch(kernel, arguments, options))
+    elif grid[0] > MAX_INDEX or max(grid[1:], default=0) > MAX_PROGRAMS:
+        raise ValueError(f"too large for one launch: a grid of {grid}, expected at most ({MAX_INDEX}, {MAX_PROGRAMS})")
     elif all(grid):  # a grid without programs is an error to CUDA
         with torch.cuda.device_of(tensors[0]):
             kernel[grid](*arguments, **options)

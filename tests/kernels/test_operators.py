@@ -62,7 +62,8 @@ def first(results):
 @LAYERS
 def test_opcheck(layer):
     """Schema, registration of the gradient, the fake implementation, and tracing with dynamic shapes."""
-    outcome = opcheck(getattr(torch.ops.twingrad, name_of(layer)).default, ARGUMENTS[layer]())
+    arguments = tuple(philox.signed(x) if x is NOISE else x for x in ARGUMENTS[layer]())
+    outcome = opcheck(getattr(torch.ops.twingrad, name_of(layer)).default, arguments)
     assert set(outcome.values()) == {"SUCCESS"}
 
 
@@ -180,6 +181,86 @@ def test_wide_rows(width):
         torch.testing.assert_close(gradient, expected)
 
 
+def test_a_view_of_fused_projections_needs_no_copy():
+    """q, k and v as slices of one tensor, in whatever order its axes lie."""
+    fused = draw(2, 7, 3, 4, 8, grad=False)  # (B, T, qkv, H, D)
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    addresses = []
+
+    def note(kernel, grid, *arguments, **options):
+        addresses.extend(x.data_ptr() for x in arguments[:3])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "launch", note)
+        attention.forward(q, k, v)
+    assert addresses == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    torch.testing.assert_close(attention.operator(q, k, v), ops.attention(q, k, v))
+    y = attention.operator(q, k, v)
+    assert y.transpose(1, 2).reshape(2, 7, 32).data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 2, 0, 8)])
+def test_attention_of_nothing(shape):
+    qkv = [torch.ones(shape, requires_grad=True) for _ in range(3)]
+    y = attention.operator(*qkv)
+    assert y.shape == shape
+    assert all(gradient.shape == shape for gradient in torch.autograd.grad(y.sum(), qkv))
+
+
+def test_queries_without_any_key_give_0():
+    q, k = torch.ones(1, 2, 3, 8, requires_grad=True), torch.ones(1, 2, 0, 8, requires_grad=True)
+    y = attention.operator(q, k, k, False)
+    assert not y.any()
+    assert not torch.autograd.grad(y.sum(), q)[0].any()
+
+
+@pytest.mark.parametrize("D", [1, 200, 256])
+def test_the_narrowest_and_the_widest_heads(D):
+    q, k, v = (draw(1, 2, 33, D, grad=False).double() for _ in range(3))
+    torch.testing.assert_close(attention.operator(q, k, v), ops.attention(q, k, v))
+
+
+class NoAnswer(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host asks the device for a number: it would have to wait for it."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*arguments, **(named or {}))
+
+
+@LAYERS
+def test_nothing_waits_for_the_device(layer):
+    arguments = ARGUMENTS[layer]()
+    with NoAnswer():
+        first(layer.operator(*arguments)).sum().backward()
+
+
+def test_a_target_out_of_range_makes_the_loss_nan_and_the_others_gradients_stay():
+    logits, targets = draw(3, 5), torch.tensor([1, 5, 2])
+    loss = cross_entropy.operator(logits, targets)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, logits)[0].isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_the_fused_loss_never_holds_all_logits(monkeypatch):
+    """The largest tensor made at 8,192 x 50,257, beside the weight's gradient, is less than a quarter of the logits."""
+    made = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            result = function(*arguments, **(named or {}))
+            made.extend(x.untyped_storage().nbytes() for x in autograd._as_tuple(result) if isinstance(x, torch.Tensor))
+            return result
+
+    N, C, V = 8192, 768, 50_257
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((N, C), (V, C)))
+    with Sizes():
+        _, saved = linear_cross_entropy.forward(x, weight, None, torch.empty(N, dtype=torch.int64, device="meta"))
+        linear_cross_entropy.backward(torch.empty((), device="meta"), saved)
+    assert max(made) == 4 * V * C, "dweight in float32"
+    assert sorted(set(made))[-2] < 2 * N * V / 4
+
+
 # Bad input: one line each, before any launch.
 
 
@@ -232,6 +313,48 @@ def test_wide_rows(width):
             lambda: dropout.forward(torch.ones(2), 0.5, np.ones(2, bool)),
             TypeError,
             "noise: kernels compute their masks, expected (key, first), got ndarray",
+        ),
+        (
+            lambda: attention.operator(*(torch.ones(1, 1, 2, 257) for _ in range(3))),
+            ValueError,
+            "q: head_dim: expected at most 256, got 257",
+        ),
+        (
+            lambda: attention.operator(torch.ones(1, 3, 2, 8), torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 8)),
+            ValueError,
+            "k, v: expected both (1, G, S, 8) with G dividing 3, got (1, 2, 2, 8) and (1, 2, 2, 8)",
+        ),
+        (
+            lambda: attention.operator(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8).half()),
+            TypeError,
+            "v: expected float32 like q, got float16",
+        ),
+        (
+            lambda: attention.operator(*(torch.ones(1, 1, 2, 8) for _ in range(3)), True, -1.0),
+            ValueError,
+            "scale: expected a positive number, got -1.0",
+        ),
+        (
+            lambda: cross_entropy.operator(torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)),
+            ValueError,
+            "targets: expected shape (2,), got (3,)",
+        ),
+        (
+            lambda: cross_entropy.operator(torch.ones(2, 3), torch.zeros(2)),
+            TypeError,
+            "targets: expected int64 or int32, got float32",
+        ),
+        (
+            lambda: linear_cross_entropy.operator(
+                torch.ones(2, 3), torch.ones(5, 4), None, torch.zeros(2, dtype=torch.int64)
+            ),
+            ValueError,
+            "weight: expected shape (5, 3), got (5, 4)",
+        ),
+        (
+            lambda: launch.launch(None, (2**31,), torch.ones(1)),
+            ValueError,
+            "too large for one launch: a grid of (2147483648,), expected at most (2147483647, 65535)",
         ),
         (
             lambda: launch.check(x=torch.empty(2**31, 1, device="meta")),
