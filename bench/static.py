@@ -47,7 +47,7 @@ from gpt.parity.ops import ROWS, Case
 
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = (64, 768, 1001, 2048, 4096, 8192, 16384)  # a block each, and one that is not aligned
-HEAD_DIMS = (32, 54, 64, 96, 128, 256)
+HEAD_DIMS = (32, 54, 64, 96, 128, 200, 256)  # those that are no power of 2 have configurations of their own
 
 
 @dataclass(frozen=True)

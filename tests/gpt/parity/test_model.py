@@ -74,6 +74,8 @@ def test_traces_that_name_other_tensors_are_a_failure():
     ours, theirs = parity.engines("tied", "float64")
 
     class Renamed:
+        name = "torch"
+
         def trace(self, batch, trace, noise=None):
             theirs.trace(batch, lambda name, y: trace(name.replace("shortcut1", "shortcut"), y), noise)
 
