@@ -1,4 +1,4 @@
-"""Who the kernels are timed against: for each operator, functions with its arguments, by name.
+"""Who the kernels are timed against: for each operator, functions with all its twin's arguments, by name.
 
 A peer that cannot run is not an error: it is listed with its reason.
 """
@@ -6,7 +6,9 @@ A peer that cannot run is not an error: it is listed with its reason.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,51 +16,58 @@ import torch
 from gpt import ops
 
 OURS = "twingrad"
+OWN_BITS = ("dropout",)  # operators whose peers draw random bits of their own, so that results cannot be compared
+
+Function = Callable[..., Any]
 
 
-def peers(layer: str, kernel: Callable[..., Any] | None = None) -> dict[str, Callable[..., Any]]:
-    """Ours first, then PyTorch's, then others'; `kernel`, somebody's own function, as "yours"."""
-    found = {OURS: importlib.import_module(f"kernels.{layer}").operator}
+def peers(layer: str, kernel: Function | None = None) -> dict[str, Function]:
+    """Ours first, then `kernel`, somebody's own function, as "yours", then PyTorch's, then others'."""
+    found: dict[str, Function] = {OURS: importlib.import_module(f"kernels.{layer}").operator}
     if kernel is not None:
         found["yours"] = kernel
     if layer == "attention":
-        return found | {name: _sdpa(name) for name in BACKENDS}
-    # Ours draw the bits that NumPy draws; PyTorch's own dropout draws others, which is as much work.
+        return found | {name: partial(_attention, backend) for name, backend in BACKENDS.items()}
     eager = _dropout if layer == "dropout" else getattr(ops, layer)
-    found |= {"torch": eager, "torch.compile": torch.compile(eager, dynamic=False)}
-    if layer in _LIGER:
-        found["liger"] = _LIGER[layer]
+    # Compiled afresh for each size: a function that has met eight of them is run eagerly, without an error.
+    torch.compiler.reset()
+    found |= {"torch": eager, "torch.compile": torch.compile(eager, dynamic=False, fullgraph=True)}
+    if layer in LIGER and importlib.util.find_spec("liger_kernel"):
+        found["liger"] = LIGER[layer]
     return found
 
 
+def missing() -> dict[str, str]:
+    """Peers that are not installed, and what is needed."""
+    return {} if importlib.util.find_spec("liger_kernel") else {"liger": "liger-kernel is not installed"}
+
+
 def _dropout(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
+    """PyTorch's own, which draws other bits than `noise` says, and as many."""
     return torch.nn.functional.dropout(x, rate)
 
 
-# PyTorch's implementations of attention, asked for by name: by itself it takes the first that can.
+# PyTorch's implementations of attention, asked for by name: left alone, it takes the first that can.
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 
 
-def _sdpa(name: str) -> Callable[..., Any]:
-    backend = getattr(torch.nn.attention.SDPBackend, BACKENDS[name])
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-        with torch.nn.attention.sdpa_kernel([backend]):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    return attention
+def _attention(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None, *without: Any
+) -> torch.Tensor:
+    with torch.nn.attention.sdpa_kernel([getattr(torch.nn.attention.SDPBackend, backend)]):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
 
-def _liger(name: str, *arguments: Any, **named: Any) -> Any:
-    function = getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
-    found = function(*arguments, **named)
-    return found[0] if isinstance(found, tuple) else found
+def _liger(name: str, *arguments: Any) -> Any:
+    return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)(*arguments)
 
 
-_LIGER: dict[str, Callable[..., Any]] = {
-    "layer_norm": lambda x, weight, bias, eps: _liger("liger_layer_norm", x, weight, bias, eps),
-    "cross_entropy": lambda logits, targets: _liger("liger_cross_entropy", logits, targets),
-    "linear_cross_entropy": lambda x, weight, bias, targets: _liger(
-        "liger_fused_linear_cross_entropy", x, weight, targets, bias
+LIGER: dict[str, Function] = {
+    "layer_norm": partial(_liger, "liger_layer_norm"),
+    "cross_entropy": lambda logits, targets, ignore_index: _liger(
+        "liger_cross_entropy", logits, targets, None, None, ignore_index
+    ),
+    "linear_cross_entropy": lambda x, weight, bias, targets, ignore_index: _liger(
+        "liger_fused_linear_cross_entropy", x, weight, targets, bias, None, ignore_index
     ),
 }

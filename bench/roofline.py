@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from statistics import median
 
 import torch
 
-Timer = Callable[[Callable[[], object]], float]  # a function -> seconds, the median of many
+from bench import clock
+
+UNITS = {"GB/s": "copy", "TFLOP/s": "bfloat16"}  # which ceiling a rate in this unit is held against
 
 
-def ceilings(device: str, timer: Timer, tiny: bool = False) -> dict[str, float]:
-    """copy_gb_per_s: of a copy far larger than the caches, read and written; TFLOP/s of products of random matrices."""
-    elements = 2**16 if tiny else 2**29
+def ceilings(device: str, tiny: bool = False) -> dict[str, float]:
+    """ "copy": GB/s of a copy far larger than the caches, read and written; TFLOP/s of products of random matrices in
+    "bfloat16", "float32" and, on a GPU, "tf32"."""
+    elements, n = (2**16, 64) if tiny else (2**30, 8192)
     source = torch.randint(0, 256, (elements,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = {"copy_gb_per_s": 2 * elements / timer(lambda: target.copy_(source)) / 1e9}
-    n = 64 if tiny else 8192
-    for dtype in (torch.bfloat16, torch.float32):
+    found = {"copy": 2 * elements / _median(lambda: target.copy_(source), device, tiny) / 1e9}
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    for name in ("bfloat16", "float32", "tf32")[: 3 if device == "cuda" else 2]:
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in "ab")
-        name = str(dtype).removeprefix("torch.")
-        found[f"{name}_tflop_per_s"] = 2 * n**3 / timer(lambda a=a, b=b: a @ b) / 1e12
+        found[name] = 2 * n**3 / _median(lambda a=a, b=b: a @ b, device, tiny) / 1e12
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     return found
+
+
+def _median(call: clock.Call, device: str, tiny: bool) -> float:
+    return median(clock.times({"": call}, device, 0.02 if tiny else 0.5)[""])
