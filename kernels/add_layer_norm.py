@@ -26,6 +26,7 @@ def forward(
     """x and residual (..., C), weight (C,), bias (C,) or None -> (y, total) like x, saved. C is 16,384 at most."""
     launch.check_shape("residual", residual, x.shape)
     y, total, mean, rstd = layer_norm.normalize(x, residual, weight, bias, eps)
+    assert total is not None
     return (y, total), Saved(total, weight, bias, mean, rstd)
 
 
@@ -33,7 +34,8 @@ def backward(
     dresults: tuple[torch.Tensor, torch.Tensor], saved: Saved
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dy, dtotal) like x -> dx and dresidual, which are one tensor, dweight (C,), dbias (C,) or None."""
-    dx, dweight, dbias = layer_norm.normalize_backward(*dresults, *saved)
+    dy, dtotal = dresults
+    dx, dweight, dbias = layer_norm.normalize_backward(dy, dtotal, *saved)
     return dx, dx, dweight, dbias
 
 

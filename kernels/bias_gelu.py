@@ -31,12 +31,8 @@ def forward(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> t
     rows = x.reshape(-1, C).contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = launch.tile(C)
-    launch.launch(
-        *(forward_kernel, launch.tiles(rows, tile)),
-        *(rows, bias.contiguous(), y, len(rows), C),
-        **tile,
-        TANH=is_tanh(approximate),
-    )
+    arguments = (rows, bias.contiguous(), y, len(rows), C)
+    launch.launch(forward_kernel, launch.tiles(rows, tile), *arguments, TANH=is_tanh(approximate), **tile)
     return y, Saved(x, bias, approximate)
 
 
@@ -51,12 +47,8 @@ def backward(dy: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor
     row_tiles, column_tiles = launch.tiles(x_rows, tile)
     programs = min(row_tiles, max(1, launch.programs(x.device, 8) // max(1, column_tiles)))
     sums = torch.empty((programs, C), dtype=launch.wide(x.dtype), device=x.device)
-    launch.launch(
-        *(backward_kernel, (programs, column_tiles)),
-        *(dy_rows, x_rows, bias.contiguous(), dx, sums, len(x_rows), C),
-        **tile,
-        TANH=is_tanh(approximate),
-    )
+    arguments = (dy_rows, x_rows, bias.contiguous(), dx, sums, len(x_rows), C)
+    launch.launch(backward_kernel, (programs, column_tiles), *arguments, TANH=is_tanh(approximate), **tile)
     return dx, sums.sum(0).to(bias.dtype)
 
 

@@ -30,7 +30,7 @@ class Saved(NamedTuple):
     ignore_index: int
     m: torch.Tensor  # (N,): the largest logit of a row
     z: torch.Tensor  # (N,): the sum of exponentials beside it
-    count: torch.Tensor  # (): how many targets count, 1 if none does
+    n_counted: torch.Tensor  # (): how many targets count, 1 if none does
 
 
 def forward(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> tuple[torch.Tensor, Saved]:
@@ -42,26 +42,22 @@ def forward(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -10
     launch.check(logits=logits, targets=targets)
     x, target = rows(logits), targets.reshape(-1).contiguous()
     losses, m, z = (torch.empty(len(x), dtype=launch.wide(x.dtype), device=x.device) for _ in range(3))
-    launch.launch(
-        *(forward_kernel, (len(x),)),
-        *(x, target, losses, m, z, x.stride(0), x.shape[1], ignore_index),
-        **block(x.shape[1]),
-    )
-    count = counted(target, ignore_index)
-    return (losses.sum() / count).to(logits.dtype), Saved(logits, targets, ignore_index, m, z, count)
+    arguments = (x, target, losses, m, z, x.stride(0), x.shape[1], ignore_index)
+    launch.launch(forward_kernel, (len(x),), *arguments, **block(x.shape[1]))
+    n_counted = counted(target, ignore_index)
+    return (losses.sum() / n_counted).to(logits.dtype), Saved(logits, targets, ignore_index, m, z, n_counted)
 
 
 def backward(dloss: torch.Tensor, saved: Saved) -> torch.Tensor:
     """dloss, a scalar -> dlogits (..., V)."""
-    logits, targets, ignore_index, m, z, count = saved
+    logits, targets, ignore_index, m, z, n_counted = saved
     launch.check(logits=logits, targets=targets, dloss=dloss)
     x, target = rows(logits), targets.reshape(-1).contiguous()
     dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    launch.launch(
-        *(backward_kernel, (len(x), triton.cdiv(x.shape[1], block(x.shape[1])["BLOCK"]))),
-        *(dloss, x, target, m, z, count, dx, x.stride(0), x.shape[1], ignore_index),
-        **block(x.shape[1]),
-    )
+    tile = block(x.shape[1])
+    grid = len(x), triton.cdiv(x.shape[1], tile["BLOCK"])
+    arguments = (dloss, x, target, m, z, n_counted, dx, x.stride(0), x.shape[1], ignore_index)
+    launch.launch(backward_kernel, grid, *arguments, **tile)
     return dx
 
 

@@ -39,12 +39,8 @@ def drop(x: torch.Tensor, rate: float, noise: Noise | None) -> torch.Tensor:
     R, C = (1, *x.shape)[-2:]
     rows = x.reshape(-1, C)
     tile = launch.tile(C)
-    launch.launch(
-        *(dropout_kernel, launch.tiles(rows, tile)),
-        *(rows, y, len(rows), R, C, key, first, threshold),
-        **tile,
-        FACTOR=factor,
-    )
+    arguments = (rows, y, len(rows), R, C, key, first, threshold)
+    launch.launch(dropout_kernel, launch.tiles(rows, tile), *arguments, FACTOR=factor, **tile)
     return y
 
 

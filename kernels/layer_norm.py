@@ -65,13 +65,9 @@ def normalize(
         total = torch.empty(x.shape, dtype=dtype, device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(len(x_rows), dtype=launch.wide(dtype), device=x.device) for _ in range(2))
-    launch.launch(
-        *(forward_kernel, (len(x_rows),)),
-        *(x_rows, residual_rows, weight.contiguous(), bias if bias is None else bias.contiguous()),
-        *(y, total, mean, rstd, C),
-        EPS=eps,
-        **launch.row_block(C),
-    )
+    parameters = weight.contiguous(), None if bias is None else bias.contiguous()
+    arguments = (x_rows, residual_rows, *parameters, y, total, mean, rstd, C)
+    launch.launch(forward_kernel, (len(x_rows),), *arguments, EPS=eps, **launch.row_block(C))
     return y, total, mean, rstd
 
 
@@ -94,11 +90,8 @@ def normalize_backward(
     dweights = torch.empty((programs, C), dtype=mean.dtype, device=x.device)
     dbiases = None if bias is None else torch.empty_like(dweights)
     here = (dweights, dbiases) if C <= SUMS_WIDTH else (None, None)
-    launch.launch(
-        *(backward_kernel, (programs,)),
-        *(dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, *here, len(x_rows), C),
-        **launch.row_block(C),
-    )
+    arguments = (dy_rows, dtotal_rows, x_rows, weight.contiguous(), mean, rstd, dx, *here, len(x_rows), C)
+    launch.launch(backward_kernel, (programs,), *arguments, **launch.row_block(C))
     if C > SUMS_WIDTH:
         tile = launch.tile(C)
         grid = programs, triton.cdiv(C, tile["COLUMNS"])

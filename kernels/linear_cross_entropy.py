@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     dx: torch.Tensor  # (N, C); all three without the factor dloss / count
     dweight: torch.Tensor  # (V, C)
     dbias: torch.Tensor  # (V,)
-    count: torch.Tensor  # (): how many targets count, 1 if none does
+    n_counted: torch.Tensor  # (): how many targets count, 1 if none does
 
 
 def forward(
@@ -63,23 +63,20 @@ def forward(
         torch.mm(rows[part], weight.T, out=logits)
         if bias is not None:
             logits += bias
-        launch.launch(
-            *(in_place_kernel, (len(logits),)),
-            *(logits, target[part], losses[part], logits.stride(0), V, ignore_index),
-            **block(V),
-        )
+        arguments = (logits, target[part], losses[part], logits.stride(0), V, ignore_index)
+        launch.launch(in_place_kernel, (len(logits),), *arguments, **block(V))
         torch.mm(logits, weight, out=dx[part])
         _add_product(dweight, logits.T, rows[part])
         if bias is not None:
             dbias += logits.sum(0, dtype=dbias.dtype)
-    count = counted(target, ignore_index)
-    return losses.sum() / count, Saved(x, weight, bias, dx, dweight, dbias, count)
+    n_counted = counted(target, ignore_index)
+    return losses.sum() / n_counted, Saved(x, weight, bias, dx, dweight, dbias, n_counted)
 
 
 def backward(dloss: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dloss, a scalar -> dx (..., C), dweight (V, C), dbias (V,) or None."""
-    x, weight, bias, dx, dweight, dbias, count = saved
-    factor = dloss.to(dweight.dtype) / count
+    x, weight, bias, dx, dweight, dbias, n_counted = saved
+    factor = dloss.to(dweight.dtype) / n_counted
     return (
         (dx * factor).to(x.dtype).reshape(x.shape),
         (dweight * factor).to(weight.dtype),

@@ -60,7 +60,8 @@ def run(
                 report.results += model_results(name, steps, dtypes, report.left_out)
         if "kernels" in names or not names:
             with_model = "model" in names or not operators
-            report.results += kernel_results(rows, with_model, bool(names), report.left_out, progress)
+            kernels = rows if operators or "model" not in names else []
+            report.results += kernel_results(kernels, with_model, bool(names), report.left_out, progress)
     return report
 
 

@@ -366,7 +366,7 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "a gradient past the normalization forgotten", "kernels.add_layer_norm",
-            "normalize_backward(*dresults, *saved)", "normalize_backward(dresults[0], None, *saved)",
+            "normalize_backward(dy, dtotal, *saved)", "normalize_backward(dy, None, *saved)",
             "triton add_layer_norm", "dx",
         ),
         (
