@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench import cpu, layers, matmul, static
 from gpt.errors import UserError, require
+from gpt.parity.cli import interpret_without_gpu
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu.add_argument("--minutes", type=float, default=8.0, help="leave out what would take longer (8)")
     on_gpu.add_argument("--no-check", dest="check", action="store_false", help="time without checking first")
     on_gpu.add_argument("--tiny", action="store_true", help="sizes that try the benchmark itself, on any machine")
-    on_gpu.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="also time this function, as LAYER")
+    on_gpu.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="also time this function, as operator --op")
+    on_gpu.add_argument("--op", metavar="LAYER", help="the layer that --kernel computes")
     for command in (steps, each, product, compiled, on_gpu):
         command.add_argument("--out", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args(argv)
@@ -40,11 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "layers":
             return layers.main(arguments.out)
         if arguments.command == "gpu":
+            if arguments.tiny:
+                interpret_without_gpu()
             require("triton", extra="torch")
             from bench import gpu
 
             given = {name: getattr(arguments, name) for name in ("minutes", "check", "tiny", "kernel", "out")}
-            return gpu.main(gpu.Options(tuple(arguments.layers), **given))
+            return gpu.main(gpu.Options((*arguments.layers, *filter(None, [arguments.op])), **given))
         if arguments.command == "static":
             return static.main(arguments.layers, arguments.arch or (), arguments.out, arguments.against)
         if arguments.command == "matmul":
