@@ -62,10 +62,10 @@ def learn_by_heart(engine, epochs):
 def test_overfitting_a_paragraph_ends_in_reciting_it(name):
     engine, beginning = small_engine(name), PARAGRAPH[40:56]
     assert ask(engine, beginning, 16) not in PARAGRAPH
-    result, loader = learn_by_heart(engine, epochs=30)
-    assert evaluate(engine, loader) < 0.5
+    result, loader = learn_by_heart(engine, epochs=60)
+    assert evaluate(engine, loader) < 0.2
     assert ask(engine, beginning, 16) in PARAGRAPH
-    assert result.tokens == 30 * len(loader) * 4 * 32
+    assert result.tokens == 60 * len(loader) * 4 * 32
 
 
 def test_greedy_texts_are_the_same_again_and_again(name):
