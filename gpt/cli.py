@@ -39,10 +39,24 @@ def train(argv: list[str]) -> int:
 
 
 def generate(argv: list[str]) -> None:
-    """Continue a text with a trained model, on either engine."""
-    from gpt.generate import GenerateConfig, generate_text
+    """Continue a text with a model, trained here or loaded, on either engine."""
+    from gpt.llm import GenerateConfig, generate
 
-    print(*generate_text(parse_config(GenerateConfig, argv, prog="twingrad generate")), sep="\n\n")
+    generate(parse_config(GenerateConfig, argv, prog="twingrad generate"))
+
+
+def chat(argv: list[str]) -> None:
+    """Talk to a model: a prompt, an answer as it is written, the next prompt."""
+    from gpt.llm import ChatConfig, chat
+
+    chat(parse_config(ChatConfig, argv, prog="twingrad chat"))
+
+
+def weights(argv: list[str]) -> int:
+    """List published weights, download them, convert between formats, and show what is in a file."""
+    from gpt.weights.cli import main
+
+    return main(argv)
 
 
 def data(argv: list[str]) -> int:
@@ -73,7 +87,7 @@ def version(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    command.__name__: command for command in (check, train, generate, data, doctor, demo, version)
+    command.__name__: command for command in (check, train, generate, chat, weights, data, doctor, demo, version)
 }
 
 

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     for engine in ENGINES:
         print(f"\nWritten by the {engine} engine:", flush=True)
         status = status or _twingrad(
-            *("generate", "--engine", engine, "--checkpoint", str(out / engine), "--prompt", config.prompt),
+            *("generate", "--engine", engine, "--model", str(out / engine), "--prompt", config.prompt),
             *("--max_new_tokens", "200", "--temperature", "0.7", "--top_k", "40", "--seed", "1"),
         )
     return status

@@ -61,6 +61,16 @@ class NonFiniteError(UserError):
     """A loss or a gradient that is infinite or not a number; the message names the first tensor where it shows."""
 
 
+class KeyValueCache(Protocol):
+    """What an engine remembers of the texts it has read, see reference/cache.py."""
+
+    lengths: np.ndarray  # (B,) int64: tokens of each row
+
+    def select(self, rows: np.ndarray) -> None:
+        """Go on with these rows alone, indices (R,) in this order."""
+        ...
+
+
 class Engine(Protocol):
     """One model, its gradients and its optimizer. Arrays that come out may share the engine's memory: copy to keep."""
 
@@ -91,8 +101,18 @@ class Engine(Protocol):
         """Drop what has been accumulated: a step that will not be taken."""
         ...
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens (B, T) -> logits (B, V) of the token that comes next, without dropout."""
+    def logits(
+        self, tokens: np.ndarray, cache: KeyValueCache | None = None, counts: np.ndarray | None = None
+    ) -> np.ndarray:
+        """tokens (B, T) -> logits (B, V) of the token that comes next, without dropout.
+
+        With a cache the tokens continue what it holds, and are added to it. `counts` (B,): how many tokens of each row
+        there are, where not T; the rest of the row is padding, with any id.
+        """
+        ...
+
+    def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
+        """An empty key-value cache for `rows` texts of at most `capacity` tokens."""
         ...
 
     def parameters(self) -> Arrays:
@@ -150,12 +170,12 @@ def create_engine(
     raise UserError(f"engine: {name!r} is not one of numpy, torch, triton, auto")
 
 
-def check_tokens(tokens: np.ndarray, config: GPTConfig) -> None:
-    """Refuse what is not (B, T) integers of the vocabulary, T of at most the context length."""
+def check_tokens(tokens: np.ndarray, config: GPTConfig, past: int = 0) -> None:
+    """Refuse what is not (B, T) integers of the vocabulary, T and the `past` of at most the context length together."""
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens: expected integers of shape (batch, time), got {tokens.dtype} {tokens.shape}")
-    if not 0 < tokens.shape[1] <= config.context_length:
-        raise UserError(f"tokens: expected 1 to {config.context_length} positions, got {tokens.shape[1]}")
+    if not 0 < tokens.shape[1] <= config.context_length - past:
+        raise UserError(f"tokens: expected 1 to {config.context_length - past} positions, got {tokens.shape[1]}")
     if tokens.size and not (0 <= tokens.min() and tokens.max() < config.vocab_size):
         wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)].flat[0]
         raise UserError(f"tokens: id {wrong} is outside the vocabulary, expected 0 <= id < {config.vocab_size}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpt.cache import Cache
 from gpt.ops import TORCH, Operators
 from reference import philox
 from reference.config import GPTConfig
@@ -46,7 +47,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(q_dim, emb, bias=config.bias)
         self.config, self.operators, self.layer = config, operators, layer
 
-    def forward(self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None
+    ) -> torch.Tensor:
         B, T, _ = x.shape
         rate, name = self.config.attn_dropout, f"blocks.{self.layer}.attn"
         heads = []
@@ -54,8 +57,12 @@ class Attention(nn.Module):
             y = getattr(self, part)(x)
             trace(f"{name}.{part}", y)
             heads.append(y.view(B, T, -1, self.config.head_dim).transpose(1, 2))  # (B, H, T, D)
-        here = noise(self.layer, philox.ATTENTION, (B, self.config.n_heads, T, T), rate) if rate and noise else None
-        y = self.operators.attention(*heads, True, None, rate, here)
+        if cache is None:
+            here = noise(self.layer, philox.ATTENTION, (B, self.config.n_heads, T, T), rate) if rate and noise else None
+            y = self.operators.attention(*heads, True, None, rate, here)
+        else:
+            q, k, v = heads
+            y = self.operators.cached_attention(q, *cache.store(self.layer, k, v), cache.starts)
         trace(f"{name}.heads", y)
         y = self.out(y.transpose(1, 2).reshape(B, T, -1))
         trace(f"{name}.out", y)
@@ -89,11 +96,14 @@ class Block(nn.Module):
         self.mlp = MLP(config, operators, layer)
         self.rate, self.operators, self.layer = config.shortcut_dropout, operators, layer
 
-    def forward(self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None
+    ) -> torch.Tensor:
         name = f"blocks.{self.layer}"
         y = self.norm1(x)
         trace(f"{name}.norm1", y)
-        y = self.drop(f"{name}.attn.dropout", philox.ATTENTION_SHORTCUT, self.attn(y, noise, trace), noise, trace)
+        y = self.attn(y, noise, trace, cache)
+        y = self.drop(f"{name}.attn.dropout", philox.ATTENTION_SHORTCUT, y, noise, trace)
         y, x = self.norm2.add(x, y)
         trace(f"{name}.shortcut1", x)
         trace(f"{name}.norm2", y)
@@ -124,22 +134,38 @@ class GPT(nn.Module):
             self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=config.head_bias)
 
     def forward(
-        self, tokens: torch.Tensor, noise: Any = None, trace: Any = _no_trace, positions: slice = slice(None)
+        self,
+        tokens: torch.Tensor,
+        noise: Any = None,
+        trace: Any = _no_trace,
+        positions: slice | torch.Tensor = slice(None),
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V), or those of `positions`.
+        """tokens (B, T) int64 -> logits (B, T, V), or those of `positions`, a slice or integers (B, P).
 
         `noise(layer, site, shape, rate)` gives the noise of a dropout site (reference/philox.py), None: no dropout.
-        `trace(name, tensor)` is called with each tensor in execution order.
+        `trace(name, tensor)` is called with each tensor in execution order. `cache`: of the tokens before these, to
+        which these are added; without dropout.
         """
-        x = nn.functional.linear(self.hidden(tokens, noise, trace, positions), *self.head_parameters())
+        x = nn.functional.linear(self.hidden(tokens, noise, trace, positions, cache), *self.head_parameters())
         trace("head", x)
         return x
 
     def hidden(
-        self, tokens: torch.Tensor, noise: Any = None, trace: Any = _no_trace, positions: slice = slice(None)
+        self,
+        tokens: torch.Tensor,
+        noise: Any = None,
+        trace: Any = _no_trace,
+        positions: slice | torch.Tensor = slice(None),
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """What the head projects to logits, (B, T, C), or that of `positions`; arguments as above."""
-        tok, pos = self.tok_emb(tokens), self.pos_emb(torch.arange(tokens.shape[1], device=tokens.device))
+        if cache is None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            cache.begin(tokens.shape[1])
+            places = cache.columns
+        tok, pos = self.tok_emb(tokens), self.pos_emb(places)
         trace("tok_emb", tok)
         trace("pos_emb", pos)
         x = tok + pos
@@ -149,8 +175,9 @@ class GPT(nn.Module):
             x = self.operators.dropout(x, rate, noise(0, philox.EMBEDDING, tuple(x.shape), rate))
             trace("emb.dropout", x)
         for block in self.blocks:
-            x = block(x, noise, trace)
-        x = self.final_norm(x[:, positions])
+            x = block(x, noise, trace, cache)
+        chosen = x[:, positions] if isinstance(positions, slice) else x.take_along_dim(positions[..., None], dim=1)
+        x = self.final_norm(chosen)
         trace("final_norm", x)
         return x
 

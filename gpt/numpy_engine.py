@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Mapping
-from functools import cache
 
 import numpy as np
 
 from gpt import engine as face
+from gpt import memory
 from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Trace
 from reference import cross_entropy, model, optim
+from reference.cache import Cache
 from reference.config import GPTConfig
 
 
@@ -25,8 +24,7 @@ class NumpyEngine:
         self, config: GPTConfig, params: Mapping[str, np.ndarray], optimizer: OptimizerConfig, dtype: str = "float32"
     ) -> None:
         face.check_arrays(params, config.parameter_shapes())
-        _keep_freed_memory()
-        self.config = config
+        self.config, self._dtype = config, dtype
         self._params = {name: np.array(params[name], dtype, order="C") for name in config.parameter_shapes()}
         self._optimizer = optim.AdamW(
             self._params, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay
@@ -42,6 +40,7 @@ class NumpyEngine:
 
     def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
         face.check_batch(batch, self.config)
+        memory.keep_freed()
         with np.errstate(over="ignore", invalid="ignore"):
             logits, saved = model.forward(self._params, self.config, batch.inputs, noise)
             loss, saved_loss = cross_entropy.forward(logits, batch.targets)
@@ -73,9 +72,19 @@ class NumpyEngine:
     def forget_gradients(self) -> None:
         self._spare, self._grads = self._grads, {}
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        face.check_tokens(tokens, self.config)
-        return model.forward(self._params, self.config, tokens, positions=slice(-1, None), keep=False)[0][:, 0]
+    def logits(
+        self, tokens: np.ndarray, cache: face.KeyValueCache | None = None, counts: np.ndarray | None = None
+    ) -> np.ndarray:
+        face.check_tokens(tokens, self.config, 0 if cache is None else int(cache.lengths.max()))
+        assert cache is None or isinstance(cache, Cache)
+        last = slice(-1, None) if counts is None else counts[:, None] - 1
+        logits, _ = model.forward(self._params, self.config, tokens, positions=last, keep=False, cache=cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1] if counts is None else counts)
+        return logits[:, 0]
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        return Cache(self.config, rows, capacity, self._dtype)
 
     def parameters(self) -> Arrays:
         return self._params
@@ -92,7 +101,7 @@ class NumpyEngine:
 
     def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
         face.check_arrays(state, face.optimizer_shapes(self.config))
-        self._optimizer.steps = int(state["step"])
+        self._optimizer.steps = int(np.asarray(state["step"]))
         for moment, arrays in (("m", self._optimizer.m), ("v", self._optimizer.v)):
             for name, array in arrays.items():
                 array[...] = state[f"{moment}.{name}"]
@@ -102,20 +111,3 @@ class NumpyEngine:
         loss, saved_loss = cross_entropy.forward(logits, batch.targets)
         trace("loss", np.asarray(loss))
         model.backward(cross_entropy.backward(1.0, saved_loss), saved, trace=trace)
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed, instead of returning it to the system after each large array.
-
-    Each step frees and allocates the same few hundred arrays, and returned memory comes back one page fault for each
-    4 KiB, zeroed each time. Measured: an eighth of a step of a model 128 wide, next to nothing for one 768 wide.
-    """
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except (OSError, AttributeError):  # another C library, without this switch
-            return
-        trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)

@@ -190,6 +190,8 @@ def _add_flag(group: Any, flag: str, option: _Option, text: str) -> None:
         "" if option.default in (None, dataclasses.MISSING) or text == argparse.SUPPRESS else f" [{option.default}]"
     )
     bare: dict[str, Any] = {"nargs": "?", "const": True} if option.hint is bool else {}
+    if _is_list(option.hint):
+        bare, default = {"action": "append"}, ""
     group.add_argument(
         f"--{flag}", dest=option.name, metavar=_expected(option.hint), help=text.replace("%", "%%") + default, **bare
     )
@@ -216,6 +218,10 @@ def _convert(name: str, value: Any, hint: Any, expected: str = "") -> Any:
         return from_dict(hint, value, f"{name}.")
     if origin is Literal and value in choices:
         return value
+    if _is_list(hint):
+        if isinstance(value, list | tuple):
+            return tuple(_convert(name, part, choices[0]) for part in value)
+        return (_convert(name, value, choices[0], expected),)
     if origin is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list | tuple) and len(parts) == len(choices):
@@ -242,6 +248,11 @@ def _scalar(text: str) -> Any:
     return text
 
 
+def _is_list(hint: Any) -> bool:
+    """Whether a type is tuple[X, ...]: a flag that may be given several times, a list in YAML."""
+    return get_origin(hint) is tuple and get_args(hint)[1:] == (...,)
+
+
 def _expected(hint: Any) -> str:
     """A type in words, for help and error messages."""
     origin, choices = get_origin(hint), get_args(hint)
@@ -249,6 +260,8 @@ def _expected(hint: Any) -> str:
         return "|".join(map(str, choices))
     if origin in (Union, types.UnionType):
         return "|".join("none" if choice is types.NoneType else _expected(choice) for choice in choices)
+    if _is_list(hint):
+        return _expected(choices[0])
     if origin is tuple:
         return ",".join(map(_expected, choices))
     if dataclasses.is_dataclass(hint) or origin is dict:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from gpt import engine as face
+from gpt.cache import Cache
 from gpt.devices import available_devices
 from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Trace
 from gpt.errors import UserError
@@ -83,11 +84,23 @@ class TorchEngine:
     def forget_gradients(self) -> None:
         self._optimizer.zero_grad()
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        face.check_tokens(tokens, self.config)
-        with torch.no_grad():
-            logits = self.model(torch.from_numpy(tokens.astype(np.int64)).to(self.device), positions=slice(-1, None))
+    def logits(
+        self, tokens: np.ndarray, cache: face.KeyValueCache | None = None, counts: np.ndarray | None = None
+    ) -> np.ndarray:
+        face.check_tokens(tokens, self.config, 0 if cache is None else int(cache.lengths.max()))
+        assert cache is None or isinstance(cache, Cache)
+        last: slice | torch.Tensor = slice(-1, None)
+        if counts is not None:
+            last = torch.from_numpy(counts[:, None] - 1).to(self.device)
+        with torch.inference_mode():
+            inputs = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+            logits = self.model(inputs, positions=last, cache=cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1] if counts is None else counts)
         return logits[:, 0].cpu().numpy()
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        return Cache(self.config, rows, capacity, self.model.tok_emb.weight.dtype, self.device)
 
     def parameters(self) -> Arrays:
         return {name: p.detach().cpu().numpy() for name, p in self._params.items()}
@@ -96,7 +109,10 @@ class TorchEngine:
         face.check_arrays(params, self.config.parameter_shapes())
         with torch.no_grad():
             for name, p in self._params.items():
-                p.copy_(torch.from_numpy(np.require(params[name], requirements=["C", "W"])))
+                on_host = p if p.device.type == "cpu" else torch.empty_like(p, device="cpu")
+                np.copyto(on_host.detach().numpy(), params[name])  # converts and transposes, without another copy
+                if on_host is not p:
+                    p.copy_(on_host)
 
     def optimizer_state(self) -> Arrays:
         state: Arrays = {"step": np.array(0, np.int64)}
@@ -111,8 +127,10 @@ class TorchEngine:
     def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
         face.check_arrays(state, face.optimizer_shapes(self.config))
         for name, p in self._params.items():
-            m, v = (torch.tensor(state[f"{moment}.{name}"], dtype=p.dtype, device=p.device) for moment in "mv")
-            step = torch.tensor(float(state["step"]))
+            m, v = (
+                torch.tensor(np.asarray(state[f"{moment}.{name}"]), dtype=p.dtype, device=p.device) for moment in "mv"
+            )
+            step = torch.tensor(float(np.asarray(state["step"])))
             self._optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
 
     def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:

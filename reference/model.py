@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from reference import attention, cross_entropy, dropout, embedding, gelu, init, layer_norm, linear, philox
+from reference import (
+    attention,
+    cached_attention,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    init,
+    layer_norm,
+    linear,
+    philox,
+)
+from reference.cache import Cache
 from reference.config import GPTConfig
 from reference.torch_rng import Generator
 
@@ -29,18 +41,21 @@ def forward(
     tokens: np.ndarray,
     noise: Callable[..., Any] | None = None,
     trace: Trace | None = None,
-    positions: slice = slice(None),
+    positions: slice | np.ndarray = slice(None),
     keep: bool = True,
+    cache: Cache | None = None,
 ) -> tuple[np.ndarray, Any]:
     """tokens (B, T) of integers -> logits (B, T, V), saved.
 
     `noise(layer, site, shape, rate)` gives the noise of a dropout site, see philox.PhiloxNoise; None: no dropout.
-    `positions`: those whose logits are wanted, such as slice(-1, None) to predict the next token.
+    `positions`: those whose logits are wanted, such as slice(-1, None) to predict the next token, or integers (B, P).
     `keep` False: nothing is saved for a gradient, and memory is free again as soon as a layer is done with it.
+    `cache`: of the tokens before these, to which these are added; without dropout, and no gradient is taken through it.
     """
     B, T = tokens.shape
-    if T > config.context_length:
-        raise ValueError(f"tokens: {T} positions, more than the context length of {config.context_length}")
+    starts = np.zeros(1, np.int64) if cache is None else cache.lengths
+    if (longest := int(starts.max()) + T) > config.context_length:
+        raise ValueError(f"tokens: {longest} positions, more than the context length of {config.context_length}")
     saved: dict[str, Any] = {}
 
     def note(name: str, y: np.ndarray) -> np.ndarray:
@@ -71,8 +86,11 @@ def forward(
     def attend(i: int, x: np.ndarray) -> np.ndarray:
         name, rate = f"blocks.{i}.attn", config.attn_dropout
         q, k, v = (heads(project(f"{name}.{part}", x)) for part in ("query", "key", "value"))
-        here = noise(i, philox.ATTENTION, (B, config.n_heads, T, T), rate) if rate and noise else None
-        y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
+        if cache is None:
+            here = noise(i, philox.ATTENTION, (B, config.n_heads, T, T), rate) if rate and noise else None
+            y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
+        else:
+            y = run(f"{name}.heads", cached_attention, q, *cache.store(i, k, v), starts)
         y = project(f"{name}.out", y.transpose(0, 2, 1, 3).reshape(B, T, -1))
         return drop(f"{name}.dropout", i, philox.ATTENTION_SHORTCUT, config.shortcut_dropout, y)
 
@@ -82,12 +100,14 @@ def forward(
         return drop(f"{name}.dropout", i, philox.MLP_SHORTCUT, config.shortcut_dropout, project(f"{name}.down", x))
 
     x = run("tok_emb", embedding, tokens, params["tok_emb.weight"])
-    x = note("emb", x + run("pos_emb", embedding, np.arange(T), params["pos_emb.weight"]))
+    places = np.arange(T) if cache is None else starts[:, None] + np.arange(T)
+    x = note("emb", x + run("pos_emb", embedding, places, params["pos_emb.weight"]))
     x = drop("emb.dropout", 0, philox.EMBEDDING, config.emb_dropout, x)
     for i in range(config.n_layers):
         x = note(f"blocks.{i}.shortcut1", x + attend(i, norm(f"blocks.{i}.norm1", x)))
         x = note(f"blocks.{i}.shortcut2", x + feed_forward(i, norm(f"blocks.{i}.norm2", x)))
-    x = norm("final_norm", x[:, positions])
+    chosen = x[:, positions] if isinstance(positions, slice) else np.take_along_axis(x, positions[..., None], axis=1)
+    x = norm("final_norm", chosen)
     head = params["tok_emb.weight" if config.tie_embeddings else "head.weight"]
     return run("head", linear, x, head, params.get("head.bias")), (config, saved, positions, (B, T))
 

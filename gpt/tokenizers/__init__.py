@@ -1,4 +1,4 @@
-"""Tokenizers behind one protocol: GPT-2's byte-pair encoding, bytes, and the book's two word tokenizers."""
+"""Tokenizers behind one protocol: byte-pair encoding, GPT-2's and others, bytes, and the book's two word tokenizers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt.errors import UserError
 from gpt.tokenizers.base import END_OF_TEXT, Tokenizer
+from gpt.tokenizers.bpe import BPETokenizer, huggingface_files, huggingface_spec
 from gpt.tokenizers.bytes import ByteTokenizer
 from gpt.tokenizers.gpt2 import GPT2Tokenizer
 from gpt.tokenizers.simple import SimpleTokenizerV1, SimpleTokenizerV2
@@ -14,12 +15,15 @@ from gpt.tokenizers.simple import SimpleTokenizerV1, SimpleTokenizerV2
 __all__ = [
     "END_OF_TEXT",
     "NAMES",
+    "BPETokenizer",
     "ByteTokenizer",
     "GPT2Tokenizer",
     "SimpleTokenizerV1",
     "SimpleTokenizerV2",
     "Tokenizer",
     "from_spec",
+    "huggingface_files",
+    "huggingface_spec",
     "load",
 ]
 
@@ -42,6 +46,8 @@ def load(name: str, text: str | None = None) -> Tokenizer:
 def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer whose `spec()` this is: what a checkpoint or a token file carries."""
     name = spec.get("name")
+    if name == BPETokenizer.name:
+        return BPETokenizer.from_spec(spec)
     if name not in _FROM_TEXT:
         return load(str(name))
     try:

@@ -6,15 +6,19 @@ already there no network is needed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpt.errors import UserError
-from gpt.tokenizers.base import checked_ids, checked_special, utf8
+from gpt.tokenizers.base import END_OF_TEXT, checked_ids, checked_special, utf8
 
-__all__ = ["GPT2Tokenizer"]
+__all__ = ["GPT2Tokenizer", "is_gpt2"]
+
+# SHA-256 of all tokens in the order of their ids, each after its length.
+FINGERPRINT = "b83936794d5c58d4bf7f24cb0100cd291b9306d80ba0e2ff11988886d2d9c1ec"
 
 
 class GPT2Tokenizer:
@@ -47,3 +51,13 @@ class GPT2Tokenizer:
 
     def spec(self) -> dict[str, Any]:
         return {"name": self.name}
+
+
+def is_gpt2(tokens: Mapping[bytes, int], special: Mapping[str, int]) -> bool:
+    """Whether a byte-level vocabulary is GPT-2's own."""
+    if len(tokens) != GPT2Tokenizer.n_vocab - 1 or dict(special) != {END_OF_TEXT: GPT2Tokenizer.eot}:
+        return False
+    digest = hashlib.sha256()
+    for token in sorted(tokens, key=tokens.__getitem__):
+        digest.update(bytes((len(token),)) + token)
+    return digest.hexdigest() == FINGERPRINT

@@ -15,10 +15,12 @@ from gpt.data import load_text
 from gpt.data.random_batches import RandomBatches
 from gpt.data.windows import WindowLoader
 from gpt.engine import Batch, OptimizerConfig, create_engine
-from gpt.generate import Sampling, generate, next_tokens, sample_probabilities
-from gpt.train.checkpoint import load_checkpoint, load_parameters, save_checkpoint, save_parameters
+from gpt.generate import Sampling, generate, next_token, sample_probabilities
+from gpt.train.checkpoint import load_checkpoint, save_checkpoint
 from gpt.train.config import TrainConfig
 from gpt.train.trainer import Trainer, evaluate
+from gpt.weights.load import load
+from gpt.weights.native import save_model
 from reference import PRESETS
 from reference.init import initialize
 from reference.torch_rng import Generator
@@ -108,8 +110,8 @@ def test_an_evaluation_takes_as_many_batches_as_it_is_told_and_nan_says_there_we
 
 def test_saved_parameters_give_the_same_bits_and_the_same_text(name, tmp_path):
     engine = small_engine(name)
-    save_parameters(tmp_path / "model.safetensors", engine.parameters(), TINY, BYTES.spec())
-    saved = load_parameters(tmp_path / "model.safetensors")
+    save_model(tmp_path / "model.safetensors", engine.parameters(), TINY, BYTES.spec())
+    saved = load(tmp_path / "model.safetensors")
     again = create_engine(name, saved.config, saved.params)
     tokens = np.array([BYTES.encode("once more")])
     np.testing.assert_array_equal(again.logits(tokens), engine.logits(tokens))
@@ -160,14 +162,14 @@ def test_a_new_process_continues_bit_for_bit(name, tmp_path):
     command = [sys.executable, "-c", CONTINUE, name, str(tmp_path / "parts"), "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    whole, parts = (load_parameters(tmp_path / folder).params for folder in ("whole", "parts"))
+    whole, parts = (load(tmp_path / folder).params for folder in ("whole", "parts"))
     for parameter, array in whole.items():
         np.testing.assert_array_equal(parts[parameter], array, err_msg=parameter)
 
 
 def test_a_low_temperature_concentrates_on_the_most_probable_word():
     generator, sampling = Generator(123), Sampling(temperature=0.1)
-    words = [WORDS[next_tokens(LOGITS[None], sampling, generator)[0]] for _ in range(1000)]
+    words = [WORDS[next_token(LOGITS, sampling, generator)] for _ in range(1000)]
     assert words.count("forward") > 950
     assert set(words) == {"forward", "toward"}
 

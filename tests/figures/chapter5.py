@@ -13,7 +13,7 @@ from gpt import tokenizers
 from gpt.data.text import split_text
 from gpt.data.windows import WindowLoader
 from gpt.engine import Engine, OptimizerConfig
-from gpt.generate import Sampling, generate, next_tokens, sample_probabilities
+from gpt.generate import Sampling, generate, next_token, sample_probabilities
 from gpt.train.config import TrainConfig
 from gpt.train.log import Row
 from gpt.train.progress import Progress
@@ -43,7 +43,7 @@ def most_probable_word() -> str:
 def drawn(temperature: float) -> dict[str, int]:
     """How often a thousand draws with seed 123 give each word."""
     generator, sampling = Generator(123), Sampling(temperature=temperature)
-    ids = [next_tokens(LOGITS[None], sampling, generator)[0] for _ in range(1000)]
+    ids = [next_token(LOGITS, sampling, generator) for _ in range(1000)]
     return {word: ids.count(i) for i, word in enumerate(WORDS)}
 
 

@@ -18,7 +18,8 @@ from gpt import cli
 from gpt.data import open_tokens
 from gpt.errors import UserError
 from gpt.options import Parser, from_dict, parse_config, read_yaml, to_dict
-from gpt.train.checkpoint import find_checkpoint, save_parameters
+from gpt.train.checkpoint import find_checkpoint
+from gpt.weights.native import save_model
 from reference import GPT, PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -380,7 +381,7 @@ def test_train_writes_a_run_that_generate_continues(text, tmp_path, capsys):
     assert settings["model"] == {"n_layers": 1}
     assert settings["train"]["steps"] == 2
     capsys.readouterr()
-    flags = ["--checkpoint", out, "--prompt", "abc", "--engine", "numpy", "--max_new_tokens", "3"]
+    flags = ["--model", out, "--prompt", "abc", "--engine", "numpy", "--max_new_tokens", "3"]
     assert cli.main(["generate", *flags]) == 0
     assert capsys.readouterr().out.startswith("abc")
 
@@ -440,7 +441,7 @@ def checkpoint(tmp_path):
     """The file of an untrained byte model."""
     config = PRESETS["bytes-tiny"]
     path = tmp_path / "model.safetensors"
-    save_parameters(path, GPT.seeded(config, seed=1).params, config, {"name": "bytes"})
+    save_model(path, GPT.seeded(config, seed=1).params, config, {"name": "bytes"})
     return str(path)
 
 
@@ -449,7 +450,7 @@ def test_generate_continues_the_prompt_alike_on_either_engine(checkpoint, capsys
     texts = []
     for engine in ("numpy", "torch"):
         flags = ["--prompt", "Hello", "--engine", engine, "--max_new_tokens", "5", "--temperature", "1", "--top_k", "9"]
-        assert cli.main(["generate", "--checkpoint", checkpoint, *flags]) == 0
+        assert cli.main(["generate", "--model", checkpoint, *flags]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("Hello")
     assert len(texts[0]) > len("Hello\n")
@@ -466,14 +467,14 @@ def test_generate_continues_the_prompt_alike_on_either_engine(checkpoint, capsys
     ],
 )
 def test_generate_refuses_in_one_line(checkpoint, flags, message, capsys):
-    assert cli.main(["generate", "--checkpoint", checkpoint, *flags]) == 2
+    assert cli.main(["generate", "--model", checkpoint, *flags]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {message}")
     assert shown.count("\n") == 1
 
 
 def test_generate_without_a_checkpoint_names_where_it_looked(tmp_path, capsys):
-    assert cli.main(["generate", "--prompt", "x", "--checkpoint", str(tmp_path / "none")]) == 2
+    assert cli.main(["generate", "--prompt", "x", "--model", str(tmp_path / "none")]) == 2
     shown = capsys.readouterr().err
     assert str(tmp_path / "none") in shown
     assert shown.count("\n") == 1
@@ -482,7 +483,7 @@ def test_generate_without_a_checkpoint_names_where_it_looked(tmp_path, capsys):
 def test_generate_with_an_engine_that_is_not_installed_names_the_command(checkpoint):
     code = (
         "import sys; sys.modules['torch'] = None\nfrom gpt import cli\n"
-        f"sys.exit(cli.main(['generate', '--checkpoint', {checkpoint!r}, '--prompt', 'x', '--engine', 'torch']))"
+        f"sys.exit(cli.main(['generate', '--model', {checkpoint!r}, '--prompt', 'x', '--engine', 'torch']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,48 +1,48 @@
 """Sampling against hand-made logits, and continuations on a scripted engine and on both real ones."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt.cli import main
 from gpt.engine import create_engine
 from gpt.errors import UserError
-from gpt.generate import (
-    GenerateConfig,
-    Sampling,
-    generate,
-    generate_text,
-    next_tokens,
-    sample_probabilities,
-    stream,
-    until,
-)
-from gpt.tokenizers import ByteTokenizer
-from gpt.train.checkpoint import save_parameters
-from reference.config import PRESETS, GPTConfig
+from gpt.generate import Sampling, Writer, generate, next_token, sample_probabilities, stream, until
+from reference.config import GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
 
-ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(31, 6, 24, 2, 3)
 LOGITS = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79])  # the book's nine words
 
 
 class Scripted:
-    """An engine whose next token is a function of the tokens that it is shown."""
+    """An engine whose next token is a function of the tokens that it is shown, and of those it has in its cache."""
+
+    class Cache:
+        def __init__(self, rows):
+            self.texts, self.lengths = [[] for _ in range(rows)], np.zeros(rows, int)
+
+        def select(self, rows):
+            self.texts, self.lengths = [self.texts[row] for row in rows], self.lengths[rows]
 
     def __init__(self, next_token, vocab_size=10, context_length=4):
         self.config = GPTConfig(vocab_size, context_length, 4, 1, 1)
         self.next_token, self.shown = next_token, []
 
-    def logits(self, tokens):
+    def new_cache(self, rows, capacity):
+        assert capacity <= self.config.context_length
+        return self.Cache(rows)
+
+    def logits(self, tokens, cache=None, counts=None):
         self.shown.append(tokens.copy())
-        return np.eye(self.config.vocab_size)[[self.next_token(row) for row in tokens]]
+        counts = [tokens.shape[1]] * len(tokens) if counts is None else counts
+        texts = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+        if cache is not None:
+            cache.texts = texts = [old + new for old, new in zip(cache.texts, texts, strict=True)]
+            cache.lengths = np.array(list(map(len, texts)))
+            assert cache.lengths.max() <= self.config.context_length
+        return np.eye(self.config.vocab_size)[[self.next_token(text) for text in texts]]
 
 
 def engines(dtype="float32"):
@@ -110,18 +110,18 @@ def test_broken_logits_are_refused(value):
 
 def test_a_thousand_draws_fall_as_the_book_prints_them():
     generator, sampling = Generator(123), Sampling(temperature=1.0)
-    draws = [next_tokens(LOGITS[None], sampling, generator)[0] for _ in range(1000)]
+    draws = [next_token(LOGITS, sampling, generator) for _ in range(1000)]
     assert np.bincount(draws, minlength=9).tolist() == [73, 0, 0, 582, 2, 0, 0, 343, 0]
 
 
 def test_draws_are_those_of_torch_multinomial():
     torch = pytest.importorskip("torch")
-    logits = np.random.default_rng(1).normal(size=(3, 57)).astype(np.float32)
+    logits = np.random.default_rng(1).normal(size=57).astype(np.float32)
     theirs, ours = torch.Generator().manual_seed(9), Generator(9)
-    for _ in range(20):
+    for _ in range(50):
         p = torch.softmax(torch.from_numpy(logits) / 1.4, dim=-1)
-        expected = torch.multinomial(p, 1, generator=theirs)[:, 0].numpy()
-        np.testing.assert_array_equal(next_tokens(logits, Sampling(temperature=1.4), ours), expected)
+        expected = torch.multinomial(p, 1, generator=theirs).item()
+        assert next_token(logits, Sampling(temperature=1.4), ours) == expected
 
 
 def test_continuation_is_appended_to_the_whole_prompt_and_the_model_sees_its_context():
@@ -133,20 +133,33 @@ def test_continuation_is_appended_to_the_whole_prompt_and_the_model_sees_its_con
     assert [shown[0].tolist() for shown in engine.shown] == [[7, 6, 5, 4], [6, 5, 4, 5], [5, 4, 5, 6]]
 
 
+def test_what_a_model_has_read_it_is_not_shown_again():
+    engine = Scripted(lambda row: (row[-1] + 1) % 10, context_length=6)
+    assert generate(engine, np.array([[1, 2, 3]]), Sampling(max_new_tokens=5)).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert [shown[0].tolist() for shown in engine.shown] == [[1, 2, 3], [4], [5], [6], [2, 3, 4, 5, 6, 7]]
+
+
+def test_a_row_that_has_ended_is_not_computed_any_more():
+    engine = Scripted(lambda row: row[-1] - 1, context_length=20)
+    out = generate(engine, np.array([[3], [6], [5]]), Sampling(max_new_tokens=50, stop_token=1))
+    np.testing.assert_array_equal(out, [[3, 2, 1, 1, 1], [6, 5, 4, 3, 2], [5, 4, 3, 2, 1]])
+    assert [len(shown) for shown in engine.shown] == [3, 3, 2, 2, 1]
+
+
 def test_each_row_stops_for_itself():
     engine = Scripted(lambda row: row[-1] - 1)
-    out = generate(engine, np.array([[3], [6], [5]]), Sampling(max_new_tokens=50, stop=1))
+    out = generate(engine, np.array([[3], [6], [5]]), Sampling(max_new_tokens=50, stop_token=1))
     np.testing.assert_array_equal(out, [[3, 2, 1, 1, 1], [6, 5, 4, 3, 2], [5, 4, 3, 2, 1]])
 
 
 def test_a_stop_token_in_the_prompt_stops_nothing():
     engine = Scripted(lambda row: row[-1] - 1)
-    np.testing.assert_array_equal(generate(engine, np.array([[5, 4]]), Sampling(2, stop=5)), [[5, 4, 3, 2]])
+    np.testing.assert_array_equal(generate(engine, np.array([[5, 4]]), Sampling(2, stop_token=5)), [[5, 4, 3, 2]])
 
 
 def test_a_row_that_stops_at_once_comes_back_as_it_was():
     engine = Scripted(lambda row: 7)
-    np.testing.assert_array_equal(generate(engine, np.array([[1, 2]]), Sampling(stop=7)), [[1, 2]])
+    np.testing.assert_array_equal(generate(engine, np.array([[1, 2]]), Sampling(stop_token=7)), [[1, 2]])
 
 
 def test_no_new_tokens_gives_the_prompt():
@@ -180,6 +193,10 @@ def test_until_cuts_at_the_first_stop():
         ({"top_p": 0.0}, "top_p: .*0.0"),
         ({"top_p": 1.1}, "top_p: .*1.1"),
         ({"max_new_tokens": -1}, "max_new_tokens: .*-1"),
+        ({"min_p": -0.1}, "min_p: .*-0.1"),
+        ({"min_p": 1.5}, "min_p: .*1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: .*0.0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty: .*nan"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -195,12 +212,12 @@ def test_impossible_settings_are_refused(settings, message):
         (np.array([[3, 10]]), None, "id 10 is outside the vocabulary"),
         (np.array([[-1, 1, 1, 1, 1, 1, 1, 1, 1]]), None, "id -1 is outside the vocabulary"),
         (np.array([[0.5]]), None, "integers"),
-        (np.array([[3]]), 10, "stop: id 10"),
+        (np.array([[3]]), 10, "stop_token: id 10"),
     ],
 )
 def test_impossible_prompts_are_refused_before_the_first_token(tokens, stop, message):
     with pytest.raises(UserError, match=message):
-        stream(Scripted(lambda row: 0), tokens, Sampling(stop=stop))
+        stream(Scripted(lambda row: 0), tokens, Sampling(stop_token=stop))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +226,7 @@ def test_impossible_prompts_are_refused_before_the_first_token(tokens, stop, mes
         Sampling(max_new_tokens=40),
         Sampling(max_new_tokens=40, temperature=1.0, seed=1),
         Sampling(max_new_tokens=40, temperature=1.7, top_k=12, top_p=0.9, seed=2),
-        Sampling(max_new_tokens=40, temperature=0.8, stop=3, seed=3),
+        Sampling(max_new_tokens=40, temperature=0.8, stop_token=3, seed=3),
     ],
 )
 def test_both_engines_write_the_same(sampling):
@@ -248,77 +265,115 @@ def test_a_higher_temperature_writes_more_varied_texts():
     assert distinct == sorted(set(distinct))
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    config = PRESETS["bytes-tiny"]
-    path = tmp_path / "model.safetensors"
-    save_parameters(path, initialize(config, Generator(1)), config, ByteTokenizer().spec())
-    return str(path)
-
-
-def test_command_prints_the_same_text_on_both_engines(checkpoint, capsys):
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=40),
+        Sampling(max_new_tokens=40, temperature=1.3, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.2),
+    ],
+)
+def test_with_and_without_a_cache_texts_are_the_same_also_beyond_the_context(engine, sampling):
     pytest.importorskip("torch")
-    printed = []
-    for engine in ("numpy", "torch"):
-        options = [
-            "--prompt",
-            "def f",
-            "--engine",
-            engine,
-            "--max_new_tokens",
-            "30",
-            "--temperature",
-            "1",
-            "--seed",
-            "4",
-        ]
-        assert main(["generate", "--checkpoint", checkpoint, *options]) == 0
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
-    assert printed[0].startswith("def f")
-    assert len(printed[0]) > 20
+    config = GPTConfig(31, 24, 24, 2, 4, n_kv_heads=2)
+    engine = create_engine(engine, config, random_parameters(config))
+    prompts = [np.arange(n) % 31 for n in (1, 7, 23, 24, 30)]
+    texts = [write(Writer(engine, prompts, sampling, cached=cached)) for cached in (True, False)]
+    assert texts[0] == texts[1]
+    assert max(map(len, texts[0])) == 70
 
 
-def test_command_in_a_new_process_prints_what_the_library_gives(checkpoint):
-    config = GenerateConfig(checkpoint, "x = ", "numpy", sampling=Sampling(20))
-    options = ["--checkpoint", checkpoint, "--prompt", "x = ", "--max_new_tokens", "20", "--engine", "numpy"]
-    command = [sys.executable, "-m", "gpt", "generate", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-    assert done.stdout == (generate_text(config)[0] + "\n").encode(), done.stderr
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_what_is_written_for_a_prompt_does_not_depend_on_the_prompts_beside_it(engine):
+    pytest.importorskip("torch")
+    config = GPTConfig(31, 40, 24, 2, 4, n_kv_heads=2)
+    engine = create_engine(engine, config, random_parameters(config), dtype="float64")
+    sampling = Sampling(60, temperature=1.5, stop_token=3)
+    prompts = [np.arange(n) % 29 for n in (5, 1, 17, 39, 40)]
+    together = write(Writer(engine, prompts, sampling, [Generator(seed) for seed in (9, 4, 9, 1, 2)]))
+    alone = [
+        write(Writer(engine, [prompt], sampling, [Generator(seed)]))[0]
+        for prompt, seed in zip(prompts, (9, 4, 9, 1, 2), strict=True)
+    ]
+    assert together == alone
+    assert len({len(text) - len(prompt) for text, prompt in zip(alone, prompts, strict=True)}) > 1  # some ended early
 
 
-def test_command_prints_several_samples(checkpoint, capsys):
-    options = ["--prompt", "a", "--engine", "numpy", "--temperature", "2", "--samples", "3", "--max_new_tokens", "40"]
-    assert main(["generate", "--checkpoint", checkpoint, *options]) == 0
-    config = GenerateConfig(checkpoint, "a", "numpy", 3, Sampling(40, temperature=2.0))
-    texts = generate_text(config)
-    assert capsys.readouterr().out == "\n\n".join(texts) + "\n"
-    assert len(set(texts)) == 3
+def test_logits_with_a_cache_are_those_without():
+    pytest.importorskip("torch")
+    tokens = np.random.default_rng(0).integers(0, 31, (3, 6))
+    for engine in engines("float64"):
+        cache = engine.new_cache(3, 6)
+        first = engine.logits(tokens[:, :4], cache, np.array([4, 2, 3]))
+        for row, count in enumerate((4, 2, 3)):
+            np.testing.assert_allclose(first[row], engine.logits(tokens[row : row + 1, :count])[0], atol=1e-12)
+        second = engine.logits(tokens[:, 4:5], cache)
+        whole = np.concatenate([tokens[1, :2], tokens[1, 4:5]])[None]
+        np.testing.assert_allclose(second[1], engine.logits(whole)[0], atol=1e-12)
+        cache.select(np.array([2, 0]))
+        third = engine.logits(tokens[[2, 0], 5:], cache)
+        np.testing.assert_allclose(third[1], engine.logits(tokens[:1])[0], atol=1e-12)
+        with pytest.raises(UserError, match="expected 1 to 0 positions, got 1"):
+            engine.logits(tokens[:2, :1], cache)
 
 
-def test_command_stops_where_the_model_ends_the_text(checkpoint):
-    config = GenerateConfig(checkpoint, "a", "numpy", 8, Sampling(300, temperature=5.0, top_k=None))
-    texts = [text.encode() for text in generate_text(config)]
-    assert not any(b"<|endoftext|>" in text for text in texts)
-    assert len({len(text) for text in texts}) > 1
+def random_parameters(config):
+    rng = np.random.default_rng(3)
+    return {name: rng.normal(0, 0.3, shape) for name, shape in config.parameter_shapes().items()}
+
+
+def write(writer):
+    while writer.running:
+        writer.step()
+    return writer.texts
+
+
+def warped(logits, text, **settings):
+    """What transformers makes of logits with the same settings, as probabilities."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    chain = transformers.generation.LogitsProcessorList()
+    if "repetition_penalty" in settings:
+        chain.append(transformers.generation.RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
+    chain.append(transformers.generation.TemperatureLogitsWarper(settings.get("temperature", 1.0)))
+    if "top_k" in settings:
+        chain.append(transformers.generation.TopKLogitsWarper(settings["top_k"]))
+    if "top_p" in settings:
+        chain.append(transformers.generation.TopPLogitsWarper(settings["top_p"]))
+    if "min_p" in settings:
+        chain.append(transformers.generation.MinPLogitsWarper(settings["min_p"]))
+    scores = chain(torch.tensor([text]), torch.from_numpy(logits)[None].double())
+    return torch.softmax(scores, dim=-1)[0].numpy()
+
+
+class Fixed:
+    """Records the probabilities that it is asked to draw from."""
+
+    def multinomial(self, p):
+        self.p = p
+        return np.array([p.argmax()])
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "settings",
     [
-        ([], "prompt: "),
-        (["--prompt", ""], "prompt: "),
-        (["--prompt", "a", "--temperature", "-1"], "temperature: "),
-        (["--prompt", "a", "--top_k", "0"], "top_k: "),
-        (["--prompt", "a", "--top_p", "2"], "top_p: "),
-        (["--prompt", "a", "--samples", "0"], "samples: "),
-        (["--prompt", "a", "--checkpoint", "no/such/run"], "no/such/run"),
-        (["--prompt", "a", "--temprature", "1"], "did you mean --temperature"),
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6, "temperature": 1.4},
+        {"repetition_penalty": 1.3, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
     ],
 )
-def test_command_says_in_one_line_what_is_wrong(options, message, checkpoint, capsys):
-    assert main(["generate", "--checkpoint", checkpoint, *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+def test_probabilities_are_those_of_transformers(settings):
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        logits, text = 2 * rng.normal(size=61), rng.integers(0, 61, 9).tolist()
+        drawn = Fixed()
+        next_token(logits, Sampling(**{"temperature": 1.0, **settings}), drawn, text)
+        np.testing.assert_allclose(drawn.p, warped(logits, text, **settings), atol=1e-12)
+
+
+def test_a_repetition_penalty_counts_for_greedy_too():
+    assert next_token(np.array([1.0, 0.9, -5.0]), Sampling(repetition_penalty=1.2), None, [0]) == 1
+    assert next_token(np.array([-1.0, -1.1, -5.0]), Sampling(repetition_penalty=1.2), None, [0, 0]) == 1

@@ -9,7 +9,10 @@ import pytest
 
 from gpt.errors import UserError
 from gpt.train import checkpoint
-from gpt.train.checkpoint import find_checkpoint, load_checkpoint, load_parameters, save_checkpoint, save_parameters
+from gpt.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from gpt.weights import native
+from gpt.weights.load import load
+from gpt.weights.native import save_model
 from reference.config import GPTConfig
 
 CONFIG = GPTConfig(11, 4, 6, 1, 2)
@@ -34,8 +37,8 @@ def save(run_dir, step=7, kind="last", seed=0):
 def test_parameters_come_back(tmp_path, dtype):
     params = arrays(dtype=dtype)
     params["head.weight"] = np.asfortranarray(params["head.weight"])
-    save_parameters(tmp_path / "new" / "model.safetensors", params, CONFIG, {"name": "bytes"})
-    found = load_parameters(tmp_path / "new" / "model.safetensors")
+    save_model(tmp_path / "new" / "model.safetensors", params, CONFIG, {"name": "bytes"})
+    found = load(tmp_path / "new" / "model.safetensors")
     assert found.config == CONFIG
     assert found.tokenizer == {"name": "bytes"}
     assert set(found.params) == set(params)
@@ -67,9 +70,9 @@ def test_checkpoint_comes_back(tmp_path):
 
 def test_parameters_of_a_run_are_its_best_else_its_last(tmp_path):
     save(tmp_path, step=9)
-    np.testing.assert_array_equal(load_parameters(tmp_path).params["head.weight"], arrays()["head.weight"])
+    np.testing.assert_array_equal(load(tmp_path).params["head.weight"], arrays()["head.weight"])
     save(tmp_path, step=5, kind="best", seed=2)
-    np.testing.assert_array_equal(load_parameters(tmp_path).params["head.weight"], arrays(2)["head.weight"])
+    np.testing.assert_array_equal(load(tmp_path).params["head.weight"], arrays(2)["head.weight"])
 
 
 def test_only_the_newest_of_each_kind_is_kept(tmp_path):
@@ -104,7 +107,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path):
             save(tmp_path, step=8)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         with pytest.raises(UserError, match="could not be written"):
-            save_parameters(tmp_path / "alone.safetensors", arrays(), CONFIG)
+            save_model(tmp_path / "alone.safetensors", arrays(), CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -149,13 +152,14 @@ def test_damaged_state_is_refused(tmp_path, text):
 
 
 def test_newer_formats_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    for module in (checkpoint, native):
+        monkeypatch.setattr(module, "FORMAT", 2)
     path = save(tmp_path)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"trainer.json: format 2, .*newer"):
         load_checkpoint(path)
     with pytest.raises(UserError, match=r"model.safetensors: format 2, .*newer"):
-        load_parameters(path)
+        load(path)
 
 
 def test_other_shapes_are_refused(tmp_path):
@@ -164,14 +168,14 @@ def test_other_shapes_are_refused(tmp_path):
         ({"head.weight": np.zeros((3, 6), np.float32)}, r"head.weight: expected shape \(11, 6\), got \(3, 6\)"),
         ({"extra": np.zeros(1, np.float32)}, "unexpected extra"),
     ):
-        save_parameters(path, arrays() | change, CONFIG)
+        save_model(path, arrays() | change, CONFIG)
         with pytest.raises(UserError, match=message):
-            load_parameters(path)
+            load(path)
     params = arrays()
     del params["blocks.0.attn.key.weight"]
-    save_parameters(path, params, CONFIG)
+    save_model(path, params, CONFIG)
     with pytest.raises(UserError, match=r"missing blocks.0.attn.key.weight"):
-        load_parameters(path)
+        load(path)
 
 
 def test_foreign_safetensors_are_refused(tmp_path):
@@ -179,7 +183,7 @@ def test_foreign_safetensors_are_refused(tmp_path):
 
     save_file(arrays(), tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="not a twingrad model"):
-        load_parameters(tmp_path / "foreign.safetensors")
+        load(tmp_path / "foreign.safetensors")
 
 
 def test_impossible_config_is_refused(tmp_path):
@@ -189,7 +193,7 @@ def test_impossible_config_is_refused(tmp_path):
     metadata = {"twingrad": "1", "config": json.dumps(settings), "tokenizer": "null"}
     save_file(arrays(), tmp_path / "m.safetensors", metadata)
     with pytest.raises(UserError, match="n_kv_heads"):
-        load_parameters(tmp_path / "m.safetensors")
+        load(tmp_path / "m.safetensors")
 
 
 class Malicious:
@@ -200,12 +204,12 @@ class Malicious:
 def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     for padding in range(256):
-        save_parameters(path, arrays(), CONFIG, {"name": "x" * padding})
+        save_model(path, arrays(), CONFIG, {"name": "x" * padding})
         if path.read_bytes()[0] == 0x80:
             break
     else:
         pytest.fail("no header came out at this length")
-    assert load_parameters(path).config == CONFIG
+    assert load(path).config == CONFIG
 
 
 def test_pickles_are_refused_and_not_run(tmp_path):
@@ -213,14 +217,14 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     (tmp_path / "model.pth").write_bytes(b"PK\x03\x04 and a pickle in a zip archive")
     for name in ("model.pt", "model.pth"):
         with pytest.raises(UserError, match=r"a pickle, .*expected a .safetensors file"):
-            load_parameters(tmp_path / name)
+            load(tmp_path / name)
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: .*No such file"):
-        load_parameters(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder"):
+        load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path)
-    with pytest.raises(UserError, match=r"model.safetensors: .*No such file"):
-        load_parameters(tmp_path)
+    with pytest.raises(UserError, match=r"holds no model: no model.safetensors"):
+        load(tmp_path)
     assert find_checkpoint(tmp_path, "last") is None

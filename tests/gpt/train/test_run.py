@@ -16,12 +16,13 @@ from gpt import tokenizers
 from gpt.data import prepare
 from gpt.errors import UserError
 from gpt.options import from_dict, read_yaml, to_dict
-from gpt.train.checkpoint import find_checkpoint, load_parameters
+from gpt.train.checkpoint import find_checkpoint
 from gpt.train.config import LoaderConfig, OptimizerConfig, RunConfig, TrainConfig
 from gpt.train.log import read_log
 from gpt.train.plot import plot_losses
 from gpt.train.progress import Progress
 from gpt.train.run import train
+from gpt.weights.load import load
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
 SMALL = {"emb_dim": 12, "n_layers": 1, "n_heads": 2, "context_length": 16}
@@ -68,7 +69,7 @@ def test_a_run_leaves_its_folder(config, tmp_path):
         "loss.png",
     ]
     assert from_dict(RunConfig, read_yaml(tmp_path / "run" / "config.yaml")) == config
-    saved = load_parameters(tmp_path / "run")
+    saved = load(tmp_path / "run")
     assert saved.config.vocab_size == 257
     assert tokenizers.from_spec(saved.tokenizer).name == "bytes"
     assert "1,440 tokens (bytes)" in heard.lines[0]

@@ -1,0 +1,180 @@
+"""Byte-level byte-pair encoding of GPT-2's kind (Radford et al. 2019, section 2.2), any vocabulary, through tiktoken.
+
+A vocabulary is a list of byte strings: all 256 bytes, and what merging two of them gave, in the order of the merges,
+which is the order of their ids. Hugging Face writes the same as vocab.json and merges.txt, or as one tokenizer.json, in
+which bytes stand as printable characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt.errors import UserError
+from gpt.tokenizers.base import END_OF_TEXT, checked_ids, checked_special, utf8
+
+__all__ = ["BPETokenizer", "huggingface_files", "huggingface_spec"]
+
+# Contractions, words, numbers, anything else, each with the space before it; whitespace.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class BPETokenizer:
+    """`tokens`: byte string -> id. `special`: the other ids' names. UserError for what is no such vocabulary."""
+
+    name: str = "bpe"
+
+    def __init__(self, tokens: Mapping[bytes, int], special: Mapping[str, int]) -> None:
+        import tiktoken  # 0.1 s, so only when it is asked for
+
+        missing = [value for value in range(256) if bytes((value,)) not in tokens]
+        if missing:
+            raise UserError(f"vocabulary: lacks {len(missing)} of the 256 bytes, the first is {missing[0]}")
+        ids = sorted([*tokens.values(), *special.values()])
+        if ids != list(range(len(ids))):
+            raise UserError(f"vocabulary: expected each id from 0 to {len(ids) - 1} once")
+        self.tokens, self.special = dict(tokens), dict(special)
+        self.n_vocab = len(ids)
+        self.eot = self.special.get(END_OF_TEXT)
+        self._encoding = tiktoken.Encoding(
+            self.name, pat_str=PATTERN, mergeable_ranks=self.tokens, special_tokens=self.special
+        )
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        utf8(text)
+        allowed = checked_special(allowed_special) & set(self.special)
+        return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return self._encoding.decode_bytes(checked_ids(ids, self.n_vocab))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def spec(self) -> dict[str, Any]:
+        tokens = {base64.b64encode(token).decode(): id for token, id in self.tokens.items()}
+        return {"name": self.name, "tokens": tokens, "special": self.special}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> BPETokenizer:
+        try:
+            tokens = {base64.b64decode(token, validate=True): int(id) for token, id in spec["tokens"].items()}
+            return cls(tokens, {str(name): int(id) for name, id in spec["special"].items()})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the specification of tokenizer bpe is damaged: {error!r}") from None
+
+
+def huggingface_spec(folder: Path) -> dict[str, Any] | None:
+    """The `spec()` of the byte-level BPE in a folder of Hugging Face's or OpenAI's, or None where there is none.
+
+    UserError for one that is damaged, or of another kind.
+    """
+    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (folder / vocabulary).exists() and (folder / merges).exists():
+            lines = _read(folder / merges).splitlines()
+            pairs = [line for line in lines if line and not line.startswith("#version")]
+            return _spec(folder / vocabulary, _read_json(folder / vocabulary), pairs)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    settings = _read_json(path)
+    try:
+        model, splitter = settings["model"], settings["pre_tokenizer"]
+        plain = splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"] and splitter.get("use_regex", True)
+        if model["type"] != "BPE" or not plain:
+            raise UserError(f"{path}: expected a byte-level BPE as GPT-2's, got {model['type']}, {splitter['type']}")
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        added = {entry["content"]: entry["id"] for entry in settings.get("added_tokens", ())}
+        return _spec(path, {**model["vocab"], **added}, pairs)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a tokenizer ({error!r})") from None
+
+
+def _spec(path: Path, vocabulary: Mapping[str, Any], merges: Sequence[str]) -> dict[str, Any]:
+    """Of a vocabulary in printable characters; what no merge makes and is no byte is special."""
+    character_bytes = {character: value for value, character in _characters().items()}
+    tokens: dict[bytes, int] = {}
+    special = dict(vocabulary)
+    made = [*_characters().values(), *("".join(pair.split(" ")) for pair in merges)]
+    try:
+        for token in made:
+            if token in special:
+                tokens[bytes(character_bytes[character] for character in token)] = special.pop(token)
+        ids = [vocabulary[token] for token in made[256:]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: no byte-level vocabulary, {error} is not in it") from None
+    if ids != sorted(ids):
+        raise UserError(f"{path}: merges are not in the order of their ids, which tiktoken needs")
+    try:
+        tokenizer = BPETokenizer(tokens, special)
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    from gpt.tokenizers.gpt2 import is_gpt2
+
+    return {"name": "gpt2"} if is_gpt2(tokenizer.tokens, tokenizer.special) else tokenizer.spec()
+
+
+def huggingface_files(spec: Mapping[str, Any], context_length: int) -> dict[str, str]:
+    """File name -> text of what transformers' tokenizer of this `spec()` reads; nothing where it has none."""
+    from gpt.tokenizers import from_spec
+
+    if spec.get("name") not in ("gpt2", BPETokenizer.name):
+        return {}
+    tokenizer = from_spec(spec)
+    characters = _characters()
+    plain = {id: tokenizer.decode_bytes([id]) for id in range(tokenizer.n_vocab) if id != tokenizer.eot}
+    names = {id: "".join(characters[value] for value in token) for id, token in plain.items()}
+    if tokenizer.eot is not None:
+        names[tokenizer.eot] = END_OF_TEXT
+    ranks = {token: id for id, token in sorted(plain.items())}
+    pairs = (_pair(token, ranks) for token in ranks if len(token) > 1)
+    merges = [" ".join("".join(characters[value] for value in part) for part in pair) for pair in pairs]
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if tokenizer.eot is not None else {}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context_length, **special}
+    return {
+        "vocab.json": json.dumps({names[id]: id for id in sorted(names)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge is `token`: merge its bytes as the tokenizer would, short of the last step."""
+    parts = [bytes((value,)) for value in token]
+    while len(parts) > 2:
+        joined = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts))]
+        _, at = min(joined)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def _characters() -> dict[int, str]:
+    """Byte -> the character that stands for it: itself where it can be printed, else one from U+0100 on, in turn."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in printable]
+    return {value: chr(value) for value in printable} | {value: chr(256 + i) for i, value in enumerate(others)}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: could not be read: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

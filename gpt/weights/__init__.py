@@ -1,0 +1,1 @@
+"""The door by which weights come in and go out: whatever file they are in, whichever engine they are for."""

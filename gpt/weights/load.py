@@ -1,0 +1,102 @@
+"""One function for weights from anywhere: `load`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from gpt.errors import UserError
+from gpt.train.checkpoint import find_checkpoint
+from gpt.weights import huggingface, native, openai, registry
+from gpt.weights.native import SavedModel
+from gpt.weights.tensors import Stored, read_pickle, read_safetensors
+
+__all__ = ["find", "load", "tensors"]
+
+MODEL = "model.safetensors"
+CONVERTED = "twingrad.safetensors"
+
+
+def load(source: str | Path) -> SavedModel:
+    """The model at `source`: a name of the registry or of a Hugging Face repository, a folder, or a file.
+
+    A folder may be a run's (its best, else its last checkpoint), one that transformers wrote, or one of OpenAI's. A
+    name's files are downloaded when they are not there; OpenAI's are converted once. Parameters are read when they are
+    made arrays; one with a NaN is warned of. Raises UserError with what is wrong and where.
+    """
+    path = find(source)
+    saved = _read(path)
+    return saved._replace(params={name: _watched(path, name, array) for name, array in saved.params.items()})
+
+
+def find(source: str | Path) -> Path:
+    """The file or folder that `source` means, downloaded if need be."""
+    path = Path(source)
+    if path.exists():
+        return path
+    name = str(source)
+    if name in registry.ENTRIES:
+        converted = registry.folder(name) / CONVERTED
+        if not converted.exists():
+            model = openai.read_checkpoint(registry.get(name))
+            native.save_model(converted, model.params, model.config, model.tokenizer)
+        return converted
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) and not path.parent.exists():
+        return registry.get(name)
+    raise UserError(
+        f"{name}: no such file or folder, and no name of the registry ({', '.join(registry.ENTRIES)}), "
+        "nor a Hugging Face repository's, owner/name"
+    )
+
+
+def tensors(source: str | Path) -> dict[str, Stored]:
+    """Every tensor of a file or folder under the name that it has there."""
+    path = _model_file(find(source))
+    if path.is_dir():
+        return openai.read_variables(path) if openai.is_checkpoint(path) else huggingface.read_tensors(path)[0]
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return read_pickle(path)
+    return read_safetensors(path)[0]
+
+
+def _read(path: Path) -> SavedModel:
+    path = _model_file(path)
+    if path.is_dir():
+        if openai.is_checkpoint(path):
+            return openai.read_checkpoint(path)
+        if (path / huggingface.CONFIG).exists():
+            return huggingface.read_folder(path)
+        raise UserError(f"{path}: holds no model: no {MODEL}, no {huggingface.CONFIG}, no {openai.HPARAMS}")
+    if (path.parent / huggingface.CONFIG).exists() and "twingrad" not in _metadata(path):
+        return huggingface.read_folder(path.parent)
+    return native.read_model(path)
+
+
+def _model_file(path: Path) -> Path:
+    """Our own file in a run's or a checkpoint's folder; anything else as it is."""
+    if not path.is_dir() or (path / huggingface.CONFIG).exists() or openai.is_checkpoint(path):
+        return path
+    if not (path / MODEL).exists():
+        path = find_checkpoint(path, "best") or find_checkpoint(path, "last") or path
+    return path / MODEL if (path / MODEL).exists() else path
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    return {} if path.suffix in (".bin", ".pt", ".pth") else read_safetensors(path)[1]
+
+
+def _watched(path: Path, name: str, array: Stored) -> Stored:
+    """The same array; reading it warns of a NaN."""
+
+    def read() -> np.ndarray:
+        values = np.asarray(array)
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspicious = not np.isfinite(values.sum(dtype=np.float32))  # overflow is no NaN, but cheap to rule out
+        if suspicious and np.isnan(values).any():
+            warnings.warn(f"{path}: {name} holds NaN", stacklevel=2)
+        return values
+
+    return Stored(array.shape, array.dtype, array.kind, read)
