@@ -1,0 +1,1 @@
+"""Published weights: where they come from, and loading them into a model."""
