@@ -41,7 +41,8 @@ def download(
     `headers` go with each request; of a redirect to another host, an Authorization does not (requests takes it out).
     """
     part = target.with_name(target.name + ".part")
-    problems, statuses = [], []
+    problems: list[str] = []
+    statuses: list[int] = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for url in urls:

@@ -294,7 +294,9 @@ def _listed(place: Path) -> tuple[File, ...]:
 
 
 def _checked(file: File) -> File:
-    """ValueError unless the name stays in its folder, and size and hashes are such."""
+    """ValueError unless the name stays in its folder, there is a hash, and size and hashes are such."""
+    if not file.sha256 and not file.git_sha1:
+        raise ValueError(f"no hash of {file.name}")
     hashes = (file.sha256 or "0" * 64) + (file.git_sha1 or "0" * 40)
     if not (_is_part(file.name) and re.fullmatch("[0-9a-f]{104}", hashes) and isinstance(file.size, int)):
         raise ValueError(f"not a file with its size and hashes: {file}")
@@ -442,13 +444,9 @@ class _Hub:
         refused = next((status for status in error.statuses if status in (401, 403, 404)), None)
         if refused is None:
             return DownloadError(otherwise)
-        why = (
-            f"misspelt, private, or without revision {self.revision}"
-            if refused == 404
-            else "gated, private or misspelt"
-        )
+        without = f"without revision {self.revision}" if refused == 404 else "gated"
         token = "the token in HF_TOKEN does not open it" if _token() else "HF_TOKEN can hold a token that opens it"
-        return UserError(f"{self._host} refuses {self.name} ({refused}): it is {why}; {token}")
+        return UserError(f"{self._host} refuses {self.name} ({refused}): it is misspelt, private or {without}; {token}")
 
 
 @dataclass(frozen=True)
