@@ -92,9 +92,11 @@ def serving():
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def entry(server, monkeypatch):
 
 def listed(contents, large=("model.safetensors",)):
     """What the address says of these files: the type, the size and hash, and those of the pointer where it is large."""
-    items = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "onnx"}]
+    items = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "tokenizer.model"}]
     for path, content in contents.items():
         item = {"type": "file", "oid": git_sha1(content), "size": len(content), "path": path}
         if path in large:
@@ -348,6 +350,14 @@ def test_records_that_are_none_are_written_anew(server, entry, content):
     assert len(server.asked) == 3
 
 
+def test_a_size_that_the_registry_knows_comes_before_a_record(server, entry):
+    place = get("mine")
+    records = {"hparams": {"size": 1, "sha256": sha256(b"x")}}
+    (place / "hashes.json").write_text(json.dumps(records))
+    (place / "hparams").write_bytes(b"x")
+    assert find("mine") is None
+
+
 def test_the_data_folder_comes_first_and_is_left_alone(server, entry, data):
     cached = get("mine")
     own = data / "mine"
@@ -440,10 +450,16 @@ def test_a_cut_repository_goes_on_where_it_broke(hub):
 
 
 @pytest.mark.parametrize(
-    "name, reason", [("model.safetensors", "SHA-256 [0-9a-f]{16}"), ("config.json", "git's SHA-1 [0-9a-f]{16}")]
+    "name, content, reason",
+    [
+        ("model.safetensors", DATA[::-1], "SHA-256 [0-9a-f]{16}"),
+        ("model.safetensors", DATA + b"x", "bytes instead of 256000"),
+        ("config.json", HUB["config.json"][::-1], "git's SHA-1 [0-9a-f]{16}"),
+        ("config.json", HUB["config.json"] + b"x", "23 bytes instead of 22"),
+    ],
 )
-def test_an_altered_file_of_a_repository_never_gets_its_name(hub, name, reason):
-    hub.contents[f"/{REPOSITORY}/resolve/main/{name}"] = HUB[name][::-1]
+def test_an_altered_file_of_a_repository_never_gets_its_name(hub, name, content, reason):
+    hub.contents[f"/{REPOSITORY}/resolve/main/{name}"] = content
     with pytest.raises(UserError, match=f"cannot download {name} .*{reason}"):
         get(REPOSITORY)
     assert name not in files_in(folder(REPOSITORY))
@@ -466,18 +482,18 @@ def test_damage_in_a_repository_is_noticed_and_mended(hub, monkeypatch, name):
 
 
 def test_a_branch_that_moved_is_never_mixed(hub):
-    publish(hub, {**HUB, "vocab.json": b"{}"})
     place = get(REPOSITORY)
-    (place / "merges.txt").unlink()  # what makes it ask again
-    moved = {**HUB, "config.json": HUB["config.json"][::-1]}
+    (place / "config.json").unlink()  # what makes it ask again
+    moved = {**HUB, "model.safetensors": DATA[::-1]}
     publish(hub, moved)
-    hub.refused = {f"/{REPOSITORY}/resolve/main/merges.txt": 500}
-    with pytest.raises(UserError, match="500"):
+    hub.refused = {f"/{REPOSITORY}/resolve/main/model.safetensors": 500}
+    with pytest.raises(UserError, match="config.json is missing: cannot download model.safetensors .*500"):
         get(REPOSITORY)
+    assert WANTED == files_in(place)  # each in its size
     assert find(REPOSITORY) is None
     hub.refused = {}
     assert get(REPOSITORY) == find(REPOSITORY) == place
-    assert (place / "config.json").read_bytes() == moved["config.json"]
+    assert (place / "model.safetensors").read_bytes() == moved["model.safetensors"]
 
 
 def test_a_file_that_the_branch_no_longer_has_goes(hub):
@@ -537,9 +553,11 @@ def test_a_file_with_a_wicked_name_is_refused(hub, cache, name):
 def test_a_list_of_files_that_is_none_is_made_anew(hub, record):
     place = get(REPOSITORY)
     (place / "files.json").write_text(record)
+    (place.parent / "x").write_text("x")
     assert find(REPOSITORY) is None
     assert get(REPOSITORY) == find(REPOSITORY)
     assert hub.asked[4:] == [tree()]  # the files are those listed
+    assert (place.parent / "x").read_text() == "x"
 
 
 @pytest.mark.parametrize(
