@@ -212,7 +212,7 @@ def _get_entry(entry: Entry, target: Path, verify: bool) -> None:
 
 
 def _get_repository(name: str, revision: str, target: Path, verify: bool) -> None:
-    """Without `files.json`, which is there only while all files are, those that are there are known by their hashes."""
+    """Fetch what is missing. Since `files.json` is there only with all files, what an interruption left is hashed."""
     known = {file.name: file for file in _known(name, target)}
     damages = {file.name: _damage(target, file, hashed=verify) for file in known.values()}
     if known and not any(damages.values()):
@@ -408,7 +408,7 @@ class _Hub:
             files = [_from_item(listed[name]) for name in _wanted(listed)]
         except DownloadError as error:
             raise self._explained(error, f"cannot list {self.name} ({error})") from error
-        except UserError:
+        except UserError:  # a ValueError too
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self._host} does not list the files of {self.name} as expected: {error!r}") from error

@@ -8,11 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from gpt.data import download as module
-from gpt.data.download import DownloadError, download
+from gpt.data.download import DownloadError, download, fetch
 from gpt.errors import UserError
 
 CONTENT = bytes(range(256)) * 1000
 SIZE, SHA256 = len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
+GIT_SHA1 = "ed99543dba99b885850a5e5a6bf95545aaa9754c"  # as git hash-object gives it
 
 
 class Server(ThreadingHTTPServer):
@@ -21,6 +22,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.ranges: list[tuple[str, str | None]] = []
+        self.headers: list[str | None] = []  # X-Own of each
         self.cuts = 0  # how many more answers break off after 100,000 bytes
 
     def url(self, path):
@@ -34,14 +36,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         asked = self.headers["Range"]
         self.server.ranges.append((self.path, asked))
+        self.server.headers.append(self.headers["X-Own"])
         if self.path == "/absent":
             return self.send_error(404)
-        content = {"/other": b"x" * SIZE, "/long": CONTENT + b"more", "/short": CONTENT[:-1]}.get(self.path, CONTENT)
+        content = {"/empty": b"", "/other": b"x" * SIZE, "/long": CONTENT + b"more", "/short": CONTENT[:-1]}.get(
+            self.path, CONTENT
+        )
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.path != "/no-ranges" else 0
-        if start >= len(content):
+        if start and start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
+        if self.path == "/first":
+            self.send_header("Link", '<https://host/second>; rel="next"')
         self.end_headers()
         content = content[start:]
         if self.server.cuts:
@@ -184,3 +191,45 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(UserError, match=r"cannot write .*cache/file.part"):
         download([server.url("whole")], tmp_path / "cache" / "file", SIZE, SHA256)
+
+
+def test_gits_name_of_the_content_is_verified(server, target):
+    download([server.url("other"), server.url("whole")], target, git_sha1=GIT_SHA1)
+    assert target.read_bytes() == CONTENT
+    assert len(server.ranges) == 2
+    reason = f"git's SHA-1 [0-9a-f]{{16}}... instead of {GIT_SHA1[:16]}"
+    with pytest.raises(DownloadError, match=reason):
+        download([server.url("other")], target.with_name("second"), git_sha1=GIT_SHA1)
+
+
+@pytest.mark.parametrize("size", [0, None])
+def test_an_empty_file(server, target, size):
+    download([server.url("empty")], target, size, git_sha1="e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
+    assert target.read_bytes() == b""
+    assert holds_only(target, "file")
+
+
+def test_headers_go_with_each_request(server, target):
+    server.cuts = 1
+    download([server.url("absent"), server.url("whole")], target, SIZE, SHA256, headers={"X-Own": "1"})
+    assert target.read_bytes() == CONTENT
+    assert server.headers == ["1"] * 3
+
+
+def test_an_error_has_the_statuses_and_no_password(server, target):
+    urls = [server.url("absent").replace("//", "//me:secret@"), "http://127.0.0.1:9/file"]
+    with pytest.raises(DownloadError, match=r"\(127.0.0.1:[0-9]+: 404 Not Found; 127.0.0.1:9: no connection") as caught:
+        download(urls, target)
+    assert caught.value.statuses == (404,)
+
+
+def test_fetch(server):
+    assert fetch(server.url("whole"), {"X-Own": "1"}) == (CONTENT, None)
+    assert fetch(server.url("first")) == (CONTENT, "https://host/second")
+    assert server.headers == ["1", None]
+    with pytest.raises(DownloadError, match=r"^127.0.0.1:[0-9]+: 404 Not Found$") as caught:
+        fetch(server.url("absent"))
+    assert caught.value.statuses == (404,)
+    with pytest.raises(DownloadError, match=r"^127.0.0.1:9: no connection$") as caught:
+        fetch("http://127.0.0.1:9/file")
+    assert caught.value.statuses == ()
