@@ -50,14 +50,14 @@ def read_variables(folder: Path) -> dict[str, Stored]:
         )
         reader = tensorflow.train.load_checkpoint(place)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-    except (tensorflow.errors.OpError, ValueError, IndexError, RuntimeError) as error:
+    except Exception as error:  # what a damaged file raises is not documented
         raise UserError(f"{folder}: not a readable TensorFlow checkpoint: {_one_line(error)}") from None
 
     def stored(name: str) -> Stored:
         def read() -> np.ndarray:
             try:
                 return reader.get_tensor(name)
-            except (tensorflow.errors.OpError, ValueError, RuntimeError) as error:
+            except Exception as error:
                 raise UserError(f"{folder}: {name} could not be read: {_one_line(error)}") from None
 
         dtype = np.dtype(dtypes[name].as_numpy_dtype)

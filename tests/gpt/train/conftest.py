@@ -1,6 +1,7 @@
 """A trainer small enough to be run many times in a test."""
 
 import importlib
+import importlib.util
 
 import numpy as np
 import pytest
@@ -19,7 +20,20 @@ TOKENS = (np.arange(250) * 3 + np.random.default_rng(0).integers(0, 2, 250)) % 2
 
 
 @pytest.fixture
-def make_trainer(tmp_path):
+def one_thread():
+    """For PyTorch, to which threads cost more than arrays this small; afterwards it has them again."""
+    if not importlib.util.find_spec("torch"):
+        yield
+        return
+    torch = importlib.import_module("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, one_thread):
     def make(engine="numpy", run_dir=tmp_path / "run", dtype="float32", config=CONFIG, optimizer=None, **options):
         passed_on = {name: options.pop(name) for name in ("sample", "progress", "tokenizer") if name in options}
         settings = TrainConfig(**{"eval_every": 5, "eval_batches": 2, **options})
@@ -30,8 +44,6 @@ def make_trainer(tmp_path):
             WindowLoader(ids, 4, 8, 4, shuffle, shuffle, generator)
             for ids, shuffle in ((TOKENS[:200], True), (TOKENS[200:], False))
         ]
-        if engine == "torch":
-            importlib.import_module("torch").set_num_threads(1)  # threads cost more than arrays this small
         model = create_engine(engine, config, params, optimizer, dtype)
         return Trainer(model, settings, *loaders, lr=optimizer.lr, generator=generator, run_dir=run_dir, **passed_on)
 
