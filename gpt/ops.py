@@ -28,6 +28,7 @@ class Operators:
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, bias, eps
     gelu: Callable[..., torch.Tensor]  # x, approximate
     attention: Callable[..., torch.Tensor]  # q, k, v, causal, scale, rate, noise
+    cached_attention: Callable[..., torch.Tensor]  # q, k, v, starts, scale
     dropout: Callable[..., torch.Tensor]  # x, rate, noise
     cross_entropy: Callable[..., torch.Tensor]  # logits, targets, ignore_index
     linear_cross_entropy: Callable[..., torch.Tensor]  # x, weight, bias, targets, ignore_index
@@ -87,6 +88,16 @@ def attention(
     return dropout(p, rate, noise) @ v
 
 
+def cached_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """q (B, H, T, D), k and v (B, G, S, D), starts (B,) -> (B, H, T, D), as reference.cached_attention."""
+    T, S, grouped = q.shape[2], k.shape[2], k.shape[1] != q.shape[1]
+    own = starts[:, None] + torch.arange(T, device=q.device)
+    seen = torch.arange(S, device=q.device) <= own[..., None]  # (B, T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped)
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """logits (..., V), targets (...) -> mean over counted targets, 0 if none counts."""
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="sum")
@@ -104,7 +115,17 @@ def _keep(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
     return torch.from_numpy(philox.keep_mask(noise, tuple(x.shape), rate)).to(x.device)
 
 
-TORCH = Operators("torch", layer_norm, add_layer_norm, gelu, attention, dropout, cross_entropy, linear_cross_entropy)
+TORCH = Operators(
+    "torch",
+    layer_norm,
+    add_layer_norm,
+    gelu,
+    attention,
+    cached_attention,
+    dropout,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 def choose(name: str = "auto", device: str | torch.device | None = None) -> Operators:
@@ -129,7 +150,16 @@ def choose(name: str = "auto", device: str | torch.device | None = None) -> Oper
 
 
 def _triton() -> Operators:
-    from kernels import add_layer_norm, attention, cross_entropy, dropout, gelu, layer_norm, linear_cross_entropy
+    from kernels import (
+        add_layer_norm,
+        attention,
+        cached_attention,
+        cross_entropy,
+        dropout,
+        gelu,
+        layer_norm,
+        linear_cross_entropy,
+    )
 
     return Operators(
         "triton",
@@ -137,6 +167,7 @@ def _triton() -> Operators:
         add_layer_norm.operator,
         gelu.operator,
         partial(_with_counters, attention.operator),
+        cached_attention.operator,
         partial(_with_counters, dropout.operator),
         cross_entropy.operator,
         linear_cross_entropy.operator,
