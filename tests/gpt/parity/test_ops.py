@@ -63,7 +63,8 @@ def test_a_cache_is_checked_with_rows_of_all_lengths_around_blocks_and_splits(ro
     assert {case.size[5] for case in row.cases} >= {1, 15, 32, 54, 64, 96, 128}
     for case in row.cases:
         (B, _, _, T, S, _), starts = case.size, row.problem(case).arguments["starts"]
-        assert (starts.min() == 0 or B == 1) and starts.max() == S - T
+        assert starts.min() == (0 if B > 1 else S - T)
+        assert starts.max() == S - T
     assert any(len(set(row.problem(case).arguments["starts"].tolist())) > 3 for case in row.cases)
 
 
@@ -143,6 +144,6 @@ def test_every_layer_of_the_reference_has_a_row():
     found = {
         path.stem
         for path in Path(reference.__file__).parent.iterdir()
-        if path.suffix == ".py" and "\ndef forward(" in path.read_text()
+        if path.suffix == ".py" and "\ndef forward(" in path.read_text() and path.stem != "model"
     }
     assert found == layers
