@@ -34,11 +34,19 @@ class Ids:
 
 
 @dataclass(frozen=True)
+class Same:
+    """Stands for n times the same integer."""
+
+    n: int
+    value: int
+
+
+@dataclass(frozen=True)
 class Case:
     """One operator at one size."""
 
     operator: str
-    arguments: tuple[Any, ...]  # all of the twin's, in order; Normal and Ids stand for tensors
+    arguments: tuple[Any, ...]  # all of the twin's, in order; Normal, Ids and Same stand for tensors
     work: Mapping[str, float]  # direction -> operations or bytes: "forward" and "backward", or "both" in one call
     unit: str  # "TFLOP/s" or "GB/s"
     dtype: str = "bfloat16"
@@ -60,6 +68,9 @@ def cases(tiny: bool) -> Iterator[Case]:
         for causal in (True, False):
             for T in (16, 32) if tiny else LENGTHS:
                 yield attention(64 if tiny else 16_384, 128 if tiny else 2048, T, D, causal)
+    for B, H, G, D in ((2, 4, 2, 64),) if tiny else ((1, 12, 12, 64), (16, 12, 12, 64), (16, 32, 8, 128)):
+        for S in (16, 32) if tiny else LENGTHS[1::2]:
+            yield cached_attention(B, H, G, S, D)
     for layer, settings in ROWWISE.items():
         for setting, more in settings.items():
             for dtype in ("bfloat16", "float32") if layer == "layer_norm" else ("bfloat16",):
@@ -87,6 +98,19 @@ def attention(tokens: int, width: int, T: int, D: int, causal: bool) -> Case:
         setting=f"D {D} {'causal' if causal else 'full'}",
         x=T,
         x_name="sequence length",
+    )
+
+
+def cached_attention(B: int, H: int, G: int, S: int, D: int) -> Case:
+    """A step of generation: one new token in each of B rows, all of them S long. Read are keys and values, once."""
+    return Case(
+        "cached_attention",
+        (Normal((B, H, 1, D)), *(Normal((B, G, S, D)),) * 2, Same(B, S - 1), None),
+        {"forward": 2 * (2 * B * G * S * D + 2 * B * H * D)},
+        "GB/s",
+        setting=f"B {B} H {H} G {G} D {D}",
+        x=S,
+        x_name="keys",
     )
 
 
@@ -120,14 +144,17 @@ def rowwise(layer: str, setting: str, more: tuple[Any, ...], elements: int, widt
 
 
 def build(case: Case, device: str, generator: torch.Generator) -> list[Any]:
-    """The arguments of a case; floating-point tensors among them get gradients."""
+    """The arguments of a case; floating-point tensors among them get gradients where those are timed."""
     arguments: list[Any] = []
+    with_gradients = set(case.work) != {"forward"}
     for given in case.arguments:
         if isinstance(given, Ids):
             arguments.append(torch.randint(0, given.below, (given.n,), device=device, generator=generator))
+        elif isinstance(given, Same):
+            arguments.append(torch.full((given.n,), given.value, device=device))
         elif isinstance(given, Normal):
             tensor = torch.randn(given.shape, device=device, generator=generator).mul_(given.std)
-            arguments.append(tensor.to(getattr(torch, case.dtype)).requires_grad_())
+            arguments.append(tensor.to(getattr(torch, case.dtype)).requires_grad_(with_gradients))
         else:
             arguments.append(given)
     return arguments

@@ -121,6 +121,8 @@ def sizes(row: str, dtype: str) -> list[tuple[int, ...]]:
     if layer == "attention":
         dims = (64,) if half else HEAD_DIMS if row == "attention" else (64, 128, 256)
         return [(1, 4, 2 if "grouped" in row or "dropout" in row else 4, 128, 128, D) for D in dims]
+    if layer == "cached_attention":
+        return [(2, 4, 2 if "grouped" in row else 4, 1, 1024, D) for D in ((64,) if half else HEAD_DIMS)]
     if layer == "linear_cross_entropy":
         return [(50_257, 64, 64)]
     if layer == "cross_entropy":
@@ -166,7 +168,8 @@ def record(row: str, size: tuple[int, ...], dtype: str) -> list[Any]:
     with launch.recorded() as recorded:
         found, saved = operator.twin("kernels").forward(*map(without_data, arguments.values()))
         dy = tuple(map(torch.empty_like, found)) if isinstance(found, tuple) else torch.empty_like(found)
-        operator.twin("kernels").backward(dy, saved)
+        if operator.gradients:
+            operator.twin("kernels").backward(dy, saved)
     return recorded
 
 
@@ -288,7 +291,7 @@ def _has_aligned_rows(launch: Launch) -> bool:
     """Rows begin at multiples of 16 bytes, and have more than 16 bytes for each thread."""
     if launch.kernel.startswith("linear_cross_entropy."):
         return True
-    return not launch.kernel.startswith("attention.") and launch.size[-1] % 16 == 0 and launch.size[-1] >= 768
+    return "attention." not in launch.kernel and launch.size[-1] % 16 == 0 and launch.size[-1] >= 768
 
 
 def unreached(found: Sequence[Launch]) -> list[str]:

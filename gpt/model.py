@@ -62,7 +62,11 @@ class Attention(nn.Module):
             y = self.operators.attention(*heads, True, None, rate, here)
         else:
             q, k, v = heads
-            y = self.operators.cached_attention(q, *cache.store(self.layer, k, v), cache.starts)
+            keys, values = cache.store(self.layer, k, v)
+            if cache.end == T:  # nothing was there before: the usual attention, and no mask for it
+                y = self.operators.attention(q, k, v, True, None, 0.0, None)
+            else:
+                y = self.operators.cached_attention(q, keys, values, cache.starts)
         trace(f"{name}.heads", y)
         y = self.out(y.transpose(1, 2).reshape(B, T, -1))
         trace(f"{name}.out", y)

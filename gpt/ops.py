@@ -92,10 +92,10 @@ def cached_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
     """q (B, H, T, D), k and v (B, G, S, D), starts (B,) -> (B, H, T, D), as reference.cached_attention."""
-    T, S = q.shape[2], k.shape[2]
-    own = starts[:, None] + torch.arange(T, device=q.device)  # (B, T), each query's position
-    seen = torch.arange(S, device=q.device) <= own[:, None, :, None]  # (B, 1, T, S)
-    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    T, S, grouped = q.shape[2], k.shape[2], k.shape[1] != q.shape[1]
+    own = starts[:, None] + torch.arange(T, device=q.device)
+    seen = torch.arange(S, device=q.device) <= own[..., None]  # (B, T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -150,7 +150,16 @@ def choose(name: str = "auto", device: str | torch.device | None = None) -> Oper
 
 
 def _triton() -> Operators:
-    from kernels import add_layer_norm, attention, cross_entropy, dropout, gelu, layer_norm, linear_cross_entropy
+    from kernels import (
+        add_layer_norm,
+        attention,
+        cached_attention,
+        cross_entropy,
+        dropout,
+        gelu,
+        layer_norm,
+        linear_cross_entropy,
+    )
 
     return Operators(
         "triton",
@@ -158,7 +167,7 @@ def _triton() -> Operators:
         add_layer_norm.operator,
         gelu.operator,
         partial(_with_counters, attention.operator),
-        cached_attention,
+        cached_attention.operator,
         partial(_with_counters, dropout.operator),
         cross_entropy.operator,
         linear_cross_entropy.operator,

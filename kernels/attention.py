@@ -92,7 +92,7 @@ def forward(
     key at all gives 0. `scale` is 1 / sqrt(D) unless given, and positive. `rate`, `noise`: dropout of p.
     y lies in memory as (B, T, H, D), so that joining heads copies nothing.
     """
-    _check(q, k, v, scale)
+    check(q, k, v, scale)
     B, H, T, D = q.shape
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((B, H, T), dtype=launch.wide(q.dtype), device=q.device)
@@ -123,7 +123,7 @@ def backward(dy: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor
     return dq, dk, dv
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> None:
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> None:
     if q.ndim != 4:
         raise ValueError(f"q: expected shape (B, H, T, D), got {tuple(q.shape)}")
     B, H, _, D = q.shape
@@ -159,7 +159,7 @@ def _arguments(
         "CAUSAL": saved.causal,
         "DROPOUT": factor > 1,
         "FACTOR": factor,
-        "ALIGNED": _aligned(*tensors),
+        "ALIGNED": aligned(*tensors),
         "HEAD_DIM": int(D),
         "BLOCK_D": BLOCK_D,
     }
@@ -167,7 +167,7 @@ def _arguments(
     return (*strides, H, H // G, T, S, key, first, threshold), constants, tile
 
 
-def _aligned(*tensors: torch.Tensor) -> int:
+def aligned(*tensors: torch.Tensor) -> int:
     """Of how many entries the distance of any two rows is a multiple: a power of 2, 16 at most.
 
     By itself Triton looks for 16 or nothing, and would read heads of 54 entries one by one.
@@ -184,20 +184,20 @@ LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: finite, so tha
 
 
 @triton.jit
-def _known(stride_b, stride_h, stride_row, ALIGNED: tl.constexpr):
+def known(stride_b, stride_h, stride_row, ALIGNED: tl.constexpr):
     """The same strides, which the compiler now knows to be multiples of ALIGNED: so wide can loads be."""
     b, h, row = tl.cast(stride_b, tl.int64), tl.cast(stride_h, tl.int64), tl.cast(stride_row, tl.int64)
     return tl.multiple_of(b, ALIGNED), tl.multiple_of(h, ALIGNED), tl.multiple_of(row, ALIGNED)
 
 
 @triton.jit
-def _head(pointer, b, h, stride_b, stride_h):
+def head(pointer, b, h, stride_b, stride_h):
     """Where head h of example b begins."""
     return pointer + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
 
 
 @triton.jit
-def _offsets(rows, columns, stride_row, stride_column):
+def offsets(rows, columns, stride_row, stride_column):
     """Of elements (rows, columns) from the beginning of their head."""
     return tl.cast(rows, tl.int64)[:, None] * stride_row + tl.cast(columns, tl.int64)[None, :] * stride_column
 
@@ -214,7 +214,7 @@ def _load(pointers, rows, limit, columns, HEAD_DIM: tl.constexpr, MASKED: tl.con
 
 
 @triton.jit
-def _store(pointers, tile, rows, limit, columns, HEAD_DIM: tl.constexpr):
+def store(pointers, tile, rows, limit, columns, HEAD_DIM: tl.constexpr):
     mask = (rows < limit)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(pointers, rounded(tile, pointers.dtype.element_ty), mask=mask)
 
@@ -262,45 +262,45 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y and lse of a tile of queries of one head."""
-    q_b, q_h, q_t = _known(q_b, q_h, q_t, ALIGNED)
-    k_b, k_h, k_t = _known(k_b, k_h, k_t, ALIGNED)
-    v_b, v_h, v_t = _known(v_b, v_h, v_t, ALIGNED)
-    y_b, y_h, y_t = _known(y_b, y_h, y_t, ALIGNED)
+    q_b, q_h, q_t = known(q_b, q_h, q_t, ALIGNED)
+    k_b, k_h, k_t = known(k_b, k_h, k_t, ALIGNED)
+    v_b, v_h, v_t = known(v_b, v_h, v_t, ALIGNED)
+    y_b, y_h, y_t = known(y_b, y_h, y_t, ALIGNED)
     tiles = tl.cdiv(T, BLOCK_Q)
     n = tl.program_id(0) // tiles
     b, h = n // H, n % H
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q  # under a causal mask the last have most to do
     rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    q = _head(q_ptr, b, h, q_b, q_h) + _offsets(rows, columns, q_t, q_d)
+    q = head(q_ptr, b, h, q_b, q_h) + offsets(rows, columns, q_t, q_d)
     q = _load(q, rows, T, columns, HEAD_DIM, True)
-    k, v = _head(k_ptr, b, h // GROUP, k_b, k_h), _head(v_ptr, b, h // GROUP, v_b, v_h)
+    k, v = head(k_ptr, b, h // GROUP, k_b, k_h), head(v_ptr, b, h // GROUP, v_b, v_h)
     o = tl.zeros((BLOCK_Q, BLOCK_D), lse_ptr.dtype.element_ty)
     l = tl.zeros((BLOCK_Q,), lse_ptr.dtype.element_ty)  # noqa: E741
     m = tl.full((BLOCK_Q,), LOWEST, lse_ptr.dtype.element_ty)
     masked, stop = _key_range(first, T, S, CAUSAL, BLOCK_Q, BLOCK_K)
-    o, l, m = _attend(  # noqa: E741
+    o, l, m = attend(  # noqa: E741
         o, l, m, q, k, v, k_t, k_d, v_t, v_d, 0, masked, rows, T, S, n + first_head, key, threshold,
         SCALE, CAUSAL, False, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_K,
     )  # fmt: skip
-    o, l, m = _attend(  # noqa: E741
+    o, l, m = attend(  # noqa: E741
         o, l, m, q, k, v, k_t, k_d, v_t, v_d, masked, stop, rows, T, S, n + first_head, key, threshold,
         SCALE, CAUSAL, True, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_K,
     )  # fmt: skip
     l = tl.where(l > 0, l, 1.0)  # noqa: E741
-    y = _head(y_ptr, b, h, y_b, y_h) + _offsets(rows, columns, y_t, y_d)
-    _store(y, o * (FACTOR / l)[:, None], rows, T, columns, HEAD_DIM)
+    y = head(y_ptr, b, h, y_b, y_h) + offsets(rows, columns, y_t, y_d)
+    store(y, o * (FACTOR / l)[:, None], rows, T, columns, HEAD_DIM)
     tl.store(lse_ptr + tl.cast(n, tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
 
 
 @triton.jit
-def _attend(
+def attend(
     o, l, m, q, k, v, k_t, k_d, v_t, v_d, start, stop, rows, T, S, n, key, threshold,  # noqa: E741
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of a tile of queries, over the keys from `start` to `stop`."""
     columns, keys = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
-    k_offsets, v_offsets = _offsets(keys, columns, k_t, k_d), _offsets(keys, columns, v_t, v_d)
+    k_offsets, v_offsets = offsets(keys, columns, k_t, k_d), offsets(keys, columns, v_t, v_d)
     for first in range(start, stop, BLOCK_K):
         first = tl.multiple_of(first, BLOCK_K)
         offset = tl.cast(first, tl.int64)
@@ -337,12 +337,12 @@ def dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries of one head, and delta = rowsum(y dy): what softmax's gradient takes away."""
-    q_b, q_h, q_t = _known(q_b, q_h, q_t, ALIGNED)
-    k_b, k_h, k_t = _known(k_b, k_h, k_t, ALIGNED)
-    v_b, v_h, v_t = _known(v_b, v_h, v_t, ALIGNED)
-    y_b, y_h, y_t = _known(y_b, y_h, y_t, ALIGNED)
-    dy_b, dy_h, dy_t = _known(dy_b, dy_h, dy_t, ALIGNED)
-    dq_b, dq_h, dq_t = _known(dq_b, dq_h, dq_t, ALIGNED)
+    q_b, q_h, q_t = known(q_b, q_h, q_t, ALIGNED)
+    k_b, k_h, k_t = known(k_b, k_h, k_t, ALIGNED)
+    v_b, v_h, v_t = known(v_b, v_h, v_t, ALIGNED)
+    y_b, y_h, y_t = known(y_b, y_h, y_t, ALIGNED)
+    dy_b, dy_h, dy_t = known(dy_b, dy_h, dy_t, ALIGNED)
+    dq_b, dq_h, dq_t = known(dq_b, dq_h, dq_t, ALIGNED)
     tiles = tl.cdiv(T, BLOCK_Q)
     n = tl.program_id(0) // tiles
     b, h = n // H, n % H
@@ -350,15 +350,15 @@ def dq_kernel(
     rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     statistics = tl.cast(n, tl.int64) * T + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < T, other=0.0)
-    y = _head(y_ptr, b, h, y_b, y_h) + _offsets(rows, columns, y_t, y_d)
+    y = head(y_ptr, b, h, y_b, y_h) + offsets(rows, columns, y_t, y_d)
     y = _load(y, rows, T, columns, HEAD_DIM, True)
-    dy = _head(dy_ptr, b, h, dy_b, dy_h) + _offsets(rows, columns, dy_t, dy_d)
+    dy = head(dy_ptr, b, h, dy_b, dy_h) + offsets(rows, columns, dy_t, dy_d)
     dy = _load(dy, rows, T, columns, HEAD_DIM, True)
     delta = tl.sum(y.to(lse.dtype) * dy.to(lse.dtype), 1)
     tl.store(delta_ptr + statistics, delta, mask=rows < T)
-    q = _head(q_ptr, b, h, q_b, q_h) + _offsets(rows, columns, q_t, q_d)
+    q = head(q_ptr, b, h, q_b, q_h) + offsets(rows, columns, q_t, q_d)
     q = _load(q, rows, T, columns, HEAD_DIM, True)
-    k, v = _head(k_ptr, b, h // GROUP, k_b, k_h), _head(v_ptr, b, h // GROUP, v_b, v_h)
+    k, v = head(k_ptr, b, h // GROUP, k_b, k_h), head(v_ptr, b, h // GROUP, v_b, v_h)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), lse.dtype)
     masked, stop = _key_range(first, T, S, CAUSAL, BLOCK_Q, BLOCK_K)
     dq = _add_dq(
@@ -369,8 +369,8 @@ def dq_kernel(
         dq, q, dy, lse, delta, k, v, k_t, k_d, v_t, v_d, masked, stop, rows, T, S, n + first_head, key, threshold,
         SCALE, CAUSAL, True, DROPOUT, FACTOR, HEAD_DIM, BLOCK_D, BLOCK_K,
     )  # fmt: skip
-    pointers = _head(dq_ptr, b, h, dq_b, dq_h) + _offsets(rows, columns, dq_t, dq_d)
-    _store(pointers, dq * SCALE, rows, T, columns, HEAD_DIM)
+    pointers = head(dq_ptr, b, h, dq_b, dq_h) + offsets(rows, columns, dq_t, dq_d)
+    store(pointers, dq * SCALE, rows, T, columns, HEAD_DIM)
 
 
 @triton.jit
@@ -381,7 +381,7 @@ def _add_dq(
 ):  # fmt: skip
     """Add what the keys from `start` to `stop` give to a tile's dq, but for the scale."""
     columns, keys = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
-    k_offsets, v_offsets = _offsets(keys, columns, k_t, k_d), _offsets(keys, columns, v_t, v_d)
+    k_offsets, v_offsets = offsets(keys, columns, k_t, k_d), offsets(keys, columns, v_t, v_d)
     for first in range(start, stop, BLOCK_K):
         first = tl.multiple_of(first, BLOCK_K)
         offset = tl.cast(first, tl.int64)
@@ -418,20 +418,20 @@ def dk_dv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys of one key head, over the query heads that share it."""
-    q_b, q_h, q_t = _known(q_b, q_h, q_t, ALIGNED)
-    k_b, k_h, k_t = _known(k_b, k_h, k_t, ALIGNED)
-    v_b, v_h, v_t = _known(v_b, v_h, v_t, ALIGNED)
-    dy_b, dy_h, dy_t = _known(dy_b, dy_h, dy_t, ALIGNED)
-    dk_b, dk_h, dk_t = _known(dk_b, dk_h, dk_t, ALIGNED)
-    dv_b, dv_h, dv_t = _known(dv_b, dv_h, dv_t, ALIGNED)
+    q_b, q_h, q_t = known(q_b, q_h, q_t, ALIGNED)
+    k_b, k_h, k_t = known(k_b, k_h, k_t, ALIGNED)
+    v_b, v_h, v_t = known(v_b, v_h, v_t, ALIGNED)
+    dy_b, dy_h, dy_t = known(dy_b, dy_h, dy_t, ALIGNED)
+    dk_b, dk_h, dk_t = known(dk_b, dk_h, dk_t, ALIGNED)
+    dv_b, dv_h, dv_t = known(dv_b, dv_h, dv_t, ALIGNED)
     tiles = tl.cdiv(S, BLOCK_K)
     G = H // GROUP
     b, g = tl.program_id(0) // tiles // G, tl.program_id(0) // tiles % G
     first_key = tl.program_id(0) % tiles * BLOCK_K
     keys, columns = first_key + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    k = _head(k_ptr, b, g, k_b, k_h) + _offsets(keys, columns, k_t, k_d)
+    k = head(k_ptr, b, g, k_b, k_h) + offsets(keys, columns, k_t, k_d)
     k = _load(k, keys, S, columns, HEAD_DIM, True)
-    v = _head(v_ptr, b, g, v_b, v_h) + _offsets(keys, columns, v_t, v_d)
+    v = head(v_ptr, b, g, v_b, v_h) + offsets(keys, columns, v_t, v_d)
     v = _load(v, keys, S, columns, HEAD_DIM, True)
     dk = tl.zeros((BLOCK_K, BLOCK_D), lse_ptr.dtype.element_ty)
     dv = tl.zeros((BLOCK_K, BLOCK_D), lse_ptr.dtype.element_ty)
@@ -443,7 +443,7 @@ def dk_dv_kernel(
         unmasked = 0
     for h in range(g * GROUP, (g + 1) * GROUP):
         n = b * H + h
-        q, dy = _head(q_ptr, b, h, q_b, q_h), _head(dy_ptr, b, h, dy_b, dy_h)
+        q, dy = head(q_ptr, b, h, q_b, q_h), head(dy_ptr, b, h, dy_b, dy_h)
         lse, delta = lse_ptr + tl.cast(n, tl.int64) * T, delta_ptr + tl.cast(n, tl.int64) * T
         if CAUSAL:
             dk, dv = _add_dk_dv(
@@ -456,10 +456,10 @@ def dk_dv_kernel(
             T, S, n + first_head, key, threshold,
             SCALE, CAUSAL, False, DROPOUT, FACTOR, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
-    dk_pointers = _head(dk_ptr, b, g, dk_b, dk_h) + _offsets(keys, columns, dk_t, dk_d)
-    _store(dk_pointers, dk * SCALE, keys, S, columns, HEAD_DIM)
-    dv_pointers = _head(dv_ptr, b, g, dv_b, dv_h) + _offsets(keys, columns, dv_t, dv_d)
-    _store(dv_pointers, dv * FACTOR, keys, S, columns, HEAD_DIM)
+    dk_pointers = head(dk_ptr, b, g, dk_b, dk_h) + offsets(keys, columns, dk_t, dk_d)
+    store(dk_pointers, dk * SCALE, keys, S, columns, HEAD_DIM)
+    dv_pointers = head(dv_ptr, b, g, dv_b, dv_h) + offsets(keys, columns, dv_t, dv_d)
+    store(dv_pointers, dv * FACTOR, keys, S, columns, HEAD_DIM)
 
 
 @triton.jit
@@ -474,7 +474,7 @@ def _add_dk_dv(
     """
     columns, queries = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Q)
     keys = first_key + tl.arange(0, BLOCK_K)
-    q_offsets, dy_offsets = _offsets(queries, columns, q_t, q_d), _offsets(queries, columns, dy_t, dy_d)
+    q_offsets, dy_offsets = offsets(queries, columns, q_t, q_d), offsets(queries, columns, dy_t, dy_d)
     for first in range(start, stop, BLOCK_Q):
         first = tl.multiple_of(first, BLOCK_Q)
         rows = first + queries

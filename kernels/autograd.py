@@ -45,7 +45,7 @@ def operator(
     which a custom operator may not return twice. Under torch.autocast, floating-point tensors are first
     cast as PyTorch does for its own operator of this kind: "float32", "lower" (to autocast's type), or "" (left alone).
     """
-    arguments, hints = inspect.signature(forward).parameters, get_type_hints(forward)
+    arguments = inspect.signature(forward).parameters
     fields = saved.__annotations__
     computed = [field for field in fields if field not in arguments and field not in results]
     kept = [field for field in fields if field not in arguments]
@@ -61,9 +61,8 @@ def operator(
         found = zip(gradients, _as_tuple(backward(upstream if len(results) > 1 else upstream[0], state)), strict=True)
         return [gradient for argument, gradient in found if gradient is not None and argument not in same]
 
-    takes = ", ".join(f"{_SCHEMA_TYPES[hints[argument]]} {argument}" for argument in arguments)
     gives = ", ".join(["Tensor"] * (len(results) + len(computed)))
-    schema = f"({takes}) -> {f'({gives})' if ',' in gives else gives}"
+    schema = f"({_takes(forward)}) -> {f'({gives})' if ',' in gives else gives}"
     state_hints = get_type_hints(saved)
     takes = ", ".join(
         [*(f"Tensor d_{result}" for result in results)]
@@ -91,6 +90,31 @@ def operator(
         return tuple(by_name.get(argument) for argument in arguments)
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
+    return _function(name, forward, forward_op, len(results), autocast)
+
+
+def forward_only(name: str, forward: Callable[..., Any], autocast: str = "") -> Callable[..., Any]:
+    """A function with forward's arguments that returns its one result, and has no gradient: to ask for it is an error.
+
+    `autocast` as in `operator`.
+    """
+    op = _custom_op(f"twingrad::{name}", lambda *values: forward(*values)[0], f"({_takes(forward)}) -> Tensor")
+
+    def refuse(ctx: Any, *upstream: torch.Tensor) -> None:
+        raise NotImplementedError(f"{name}: has no gradient")
+
+    op.register_autograd(refuse)
+    return _function(name, forward, op, 1, autocast)
+
+
+def _takes(forward: Callable[..., Any]) -> str:
+    """The arguments of a schema."""
+    arguments, hints = inspect.signature(forward).parameters, get_type_hints(forward)
+    return ", ".join(f"{_SCHEMA_TYPES[hints[argument]]} {argument}" for argument in arguments)
+
+
+def _function(name: str, forward: Callable[..., Any], op: Any, results: int, autocast: str) -> Callable[..., Any]:
+    """The operator as a function that takes arguments as `forward` does; the first `results` of what comes out."""
     signature = inspect.signature(forward)
 
     def apply(*positional: Any, **named: Any) -> Any:
@@ -99,8 +123,8 @@ def operator(
         if isinstance(bound.arguments.get("noise"), tuple):
             bound.arguments["noise"] = signed(bound.arguments["noise"])
         values = _cast(bound.arguments.values(), autocast)
-        output = _as_tuple(forward_op(*values))[: len(results)]
-        return output if len(results) > 1 else output[0]
+        output = _as_tuple(op(*values))[:results]
+        return output if results > 1 else output[0]
 
     apply.__name__, apply.__doc__ = name, forward.__doc__
     return apply

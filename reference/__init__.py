@@ -6,7 +6,8 @@ A layer is a module with two pure functions::
     dx, ...  = layer.backward(dy, saved)
 
 `forward` returns its result and what the gradient will need; `backward` returns one gradient for each differentiable
-input, in the order of the inputs. Nothing here imports anything but NumPy.
+input, in the order of the inputs. Only `cached_attention`, which is for generating text, has no gradient. Nothing here
+imports anything but NumPy.
 """
 
 from reference.config import PRESETS, GPTConfig

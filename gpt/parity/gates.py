@@ -181,7 +181,10 @@ class Gate:
     needs: str = ""  # a package without which it is left out
 
     def cases(self, row: Row) -> tuple[Case, ...]:
-        """Rounding of small tensors is chance: without the draws that it takes, large ones have to do."""
+        """Rounding of small tensors is chance: without the draws that it takes, large ones have to do. Of a layer
+        without gradients there are no differences."""
+        if self.measure is differences and not row.gradients:
+            return ()
         if self.measure is not rounding:
             return row.cases
         return row.cases + row.rounding if row.subject.every_case else row.rounding

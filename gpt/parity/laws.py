@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from reference import attention
+
 if TYPE_CHECKING:
     from gpt.parity.ops import Problem
 
@@ -55,6 +57,29 @@ def causality(problem: Problem) -> Iterator[Measure]:
     v[:, :, -1] -= 2.0
     before, after = (given.forward()[0][:, :, :-1] for given in (problem, problem.replace(k=k, v=v)))
     yield "y of earlier queries", float(np.count_nonzero(before != after)), 0.0
+
+
+def own_keys(problem: Problem) -> Iterator[Measure]:
+    """What lies in a cache after a row's own keys changes nothing, not one bit."""
+    arguments = problem.arguments
+    q, k, v, starts = (arguments[name] for name in ("q", "k", "v", "starts"))
+    after = (np.arange(k.shape[2]) >= starts[:, None] + q.shape[2])[:, None, :, None]
+    size = np.abs(k).max() + np.abs(v).max()
+    other = problem.replace(k=np.where(after, -1e3 * size, k), v=np.where(after, 1e3 * size, v))
+    before, with_other = problem.forward()[0], other.forward()[0]
+    yield "y with other keys after a row's own", float(np.count_nonzero(before != with_other)), 0.0
+
+
+def rows_alone(problem: Problem) -> Iterator[Measure]:
+    """Each row is attended to as if it were alone and there were no cache: by causal attention over its own keys."""
+    arguments = problem.arguments
+    q, k, v, starts = (arguments[name] for name in ("q", "k", "v", "starts"))
+    alone = [
+        attention.forward(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], True, arguments["scale"])[0]
+        for b, n in enumerate((starts + q.shape[2]).tolist())
+    ]
+    y = np.concatenate(alone)
+    yield "y of rows alone", relative(problem.forward()[0] - y, y), EXACT
 
 
 def orthogonal_to_constants(problem: Problem) -> Iterator[Measure]:

@@ -52,7 +52,7 @@ class Row:
     name: str
     layer: str  # the module, in reference and in every package of twins
     draw: Callable[[np.random.Generator, Case], dict[str, Any]]  # the arguments of forward, in order
-    gradients: tuple[str, ...]  # the arguments whose gradients backward returns, in order
+    gradients: tuple[str, ...]  # the arguments whose gradients backward returns, in order; none: there is no backward
     cases: tuple[Case, ...]
     rounding: tuple[Case, ...]  # where rounding is measured: large enough for its average to mean something
     laws: tuple[laws.Law, ...]
@@ -227,6 +227,15 @@ def attention(rng: np.random.Generator, case: Case, causal: bool = True, rate: f
     return {"q": q, "k": k, "v": v, "causal": causal, "scale": None, "rate": rate, "noise": noise}
 
 
+def cached_attention(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    """Rows of all lengths from T to S; the last is the longest, and of two rows the first is the shortest."""
+    B, _, _, T, S, _ = case.size
+    starts = rng.integers(0, S - T + 1, B)
+    starts[0], starts[-1] = 0, S - T
+    arguments = attention(rng, case)
+    return {**{name: arguments[name] for name in QKV}, "starts": starts, "scale": None}
+
+
 def dropout(rng: np.random.Generator, case: Case, rate: float) -> dict[str, Any]:
     return {"x": values(rng, case.size, case), "rate": rate, "noise": (int(rng.integers(1 << 62)), 5)}
 
@@ -290,11 +299,25 @@ def _large(H: int, G: int, past: int = 0) -> tuple[Case, ...]:
     return (Case((5, H, G, 63, 63 + past, 54)), Case((2, H, G, 31, 31 + past, 128)))
 
 
+def _cached(H: int, G: int) -> tuple[Case, ...]:
+    """Few queries, and caches around the sizes of blocks and of splits."""
+    sizes = [(1, 1, 32), (1, 63, 54), (3, 64, 64), (1, 65, 96), (17, 127, 128), (1, 127, 15), (1, 300, 32), (3, 300, 1)]
+    cases = [Case((1 if S == 300 else 5, H, G, T, S, D)) for T, S, D in sizes]
+    small = (2, H, G, 5, 70, 7)
+    return (*cases, Case(small, "transposed"), Case(small, "sliced"), Case(small, scale=1e4))
+
+
+def _large_cached(H: int, G: int) -> tuple[Case, ...]:
+    """One query with few entries: a product of one row and many entries each library sums in an order of its own."""
+    return (Case((3, H, G, 17, 300, 54)), Case((7, H, G, 1, 300, 32)), Case((1, H, G, 31, 257, 128)))
+
+
 # More keys than queries, as when the past is kept; and more queries than keys, so that some see no key at all.
 PAST = (*_lengths(3, 3, past=4), Case((2, 3, 3, 1, 65, 32)), Case((2, 3, 3, 7, 4, 5)), Case((2, 3, 3, 65, 63, 32)))
 
 ADJOINT = (laws.adjoint,)
 SHIFT, CAUSAL = (laws.adjoint, laws.key_shift), (laws.adjoint, laws.key_shift, laws.causality)
+CACHED = (laws.own_keys, laws.rows_alone)
 ORTHOGONAL = (laws.adjoint, laws.orthogonal_to_constants, laws.orthogonal_to_normalized)
 QKV, XWB, XRWB = ("q", "k", "v"), ("x", "weight", "bias"), ("x", "residual", "weight", "bias")
 ODD, LOGITS = (laws.adjoint, laws.odd_part), (laws.adjoint, laws.logit_shift)
@@ -331,6 +354,10 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
     ("attention-grouped", "attention", attention, QKV, _lengths(6, 3) + _lengths(4, 1), _large(6, 2), CAUSAL, 3.0),
     ("attention-past", "attention", attention, QKV, PAST, _large(3, 3, 7), CAUSAL, 3.0),
     ("attention-dropout", "attention", partial(attention, rate=0.3), QKV, _lengths(6, 3, 2), _large(6, 3), CAUSAL, 3.0),
+    *(
+        (name, "cached_attention", cached_attention, (), _cached(H, G), _large_cached(H, G), CACHED)
+        for name, H, G in (("cached_attention", 3, 3), ("cached_attention-grouped", 6, 2))
+    ),
     *(
         (name, "flash_attention", draw, QKV, _lengths(6, 3, 2), _large(6, 3), CAUSAL, 3.0, ("y",), "attention")
         for name, draw in (("flash_attention", attention), ("flash_attention-dropout", partial(attention, rate=0.3)))

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -62,8 +63,7 @@ class Reference:
         return problem.arguments, problem.upstream()
 
     def execute(self, row: Row, arguments: Mapping[str, Any], dy: tuple[Native, ...]) -> dict[str, Native]:
-        results, saved = row.twin().forward(**arguments)
-        return _named(row, results, row.twin().backward(dy if len(dy) > 1 else dy[0], saved))
+        return _both_passes(row, row.twin(), arguments, dy)
 
     def forward(self, row: Row, arguments: Mapping[str, Any]) -> tuple[Native, ...]:
         return as_tuple(row.twin().forward(**arguments)[0])
@@ -114,8 +114,7 @@ class Kernels(Tensors):
         self.gates: tuple[str, ...] = ("algebra", "rounding", "conduct")[device != "cpu" :]
 
     def execute(self, row: Row, arguments: Mapping[str, Any], dy: tuple[Native, ...]) -> dict[str, Native]:
-        results, saved = row.twin("kernels").forward(**arguments)
-        return _named(row, results, row.twin("kernels").backward(dy if len(dy) > 1 else dy[0], saved))
+        return _both_passes(row, row.twin("kernels"), arguments, dy)
 
     def forward(self, row: Row, arguments: Mapping[str, Any]) -> tuple[Native, ...]:
         return as_tuple(row.twin("kernels").forward(**arguments)[0])
@@ -142,6 +141,8 @@ class Differentiable(Tensors):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
         results = self.forward(row, {**arguments, **leaves})
         named = dict(zip(row.results, results, strict=True))
+        if not leaves:
+            return named
         if not all(result.requires_grad for result in results):
             self.forward_only.add(row.name)
             return named
@@ -236,7 +237,12 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _named(row: Row, results: Any, gradients: Any) -> dict[str, Native]:
+def _both_passes(
+    row: Row, layer: ModuleType, arguments: Mapping[str, Any], dy: tuple[Native, ...]
+) -> dict[str, Native]:
+    """What a layer's forward and backward return, by name; a layer without gradients has no backward."""
+    results, saved = layer.forward(**arguments)
+    gradients = layer.backward(dy if len(dy) > 1 else dy[0], saved) if row.gradients else ()
     named = zip(row.gradients, as_tuple(gradients), strict=True)
     found = {f"d{name}": gradient for name, gradient in named if gradient is not None}
     return dict(zip(row.results, as_tuple(results), strict=True)) | found

@@ -62,6 +62,8 @@ def test_operations_and_bytes_are_those_counted_by_hand():
     assert one("add_layer_norm", x=2048).work["forward"] == 4 * 2 * 2**26  # x, residual; y, total
     assert one("cross_entropy").work["both"] == 2 * 2 * 8192 * 50_257  # logits; dlogits
     assert one("linear_cross_entropy").work["both"] == 3 * 2 * 8192 * 50_257 * 768
+    step = one("cached_attention", x=4096, setting="B 16 H 32 G 8 D 128")
+    assert step.work["forward"] == 2 * 128 * 16 * (2 * 8 * 4096 + 2 * 32)  # k and v; q and y
     assert causal.rate("forward", 0.5) == causal.work["forward"] / 0.5 / 1e12
     assert one("gelu", x=1024).rate("forward", 0.5) == 2 * 2 * 2**26 / 0.5 / 1e9
 
@@ -70,7 +72,7 @@ def test_every_operator_is_timed_at_constant_size():
     every = list(cases(tiny=False))
     assert {case.operator for case in every} == {case.operator for case in cases(tiny=True)}
     assert {case.operator for case in every} == {
-        *("attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "dropout"),
+        *("attention", "cached_attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "dropout"),
         *("cross_entropy", "linear_cross_entropy"),
     }
     assert {case.x for case in every if case.operator == "attention"} == {512, 1024, 2048, 4096, 8192, 16_384}

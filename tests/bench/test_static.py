@@ -66,16 +66,19 @@ def test_what_must_not_be_is_said(launch, compiled, complaint):
 REACHED = """
 import json
 from bench import static
-from kernels import attention
+from kernels import attention, cached_attention
 
 found = static.launches()
 assert not static.unreached(found), static.unreached(found)
 without = [launch for launch in found if launch.kernel != "gelu.backward_kernel"]
 assert static.unreached(without) == ["gelu.backward_kernel"]
-tiles = set()
+tiles, of_cached = set(), set()
 for launch in found:
+    options = static.record(launch.row, launch.size, launch.dtype)[launch.index].options
+    if launch.kernel == "cached_attention.split_kernel":
+        tile = tuple(options[name] for name in ("BLOCK_K", "num_warps", "num_stages"))
+        of_cached.add((4 if launch.dtype == "float32" else 2, max(64, options["BLOCK_D"]), tile))
     if launch.kernel.startswith("attention."):
-        options = static.record(launch.row, launch.size, launch.dtype)[launch.index].options
         tile = tuple(options[name] for name in ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"))
         size = 4 if launch.dtype == "float32" else 2
         tiles.add((launch.kernel[10:-7], size, max(64, options["BLOCK_D"]), tile))
@@ -83,11 +86,14 @@ for (kernel, size), widths in attention.CONFIGURATIONS.items():
     for width, tiles_of_width in widths.items():
         for tile in tiles_of_width:
             assert (kernel, size, width, tile) in tiles, (kernel, size, width, tile)
+for size, widths in cached_attention.CONFIGURATIONS.items():
+    for width, tiles_of_width in widths.items():
+        assert {(size, width, tile) for tile in tiles_of_width} <= of_cached, (size, width)
 print("fine")
 """
 
 
-def test_every_kernel_and_every_row_of_attention_s_table_is_reached():
+def test_every_kernel_and_every_row_of_attention_s_tables_is_reached():
     """In a process that does not interpret: there kernels know their parameters."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", REACHED]

@@ -8,7 +8,17 @@ import pytest
 from gpt.parity import check
 from gpt.parity.gates import GATES
 from gpt.parity.ops import ROWS
-from reference import attention, cross_entropy, dropout, embedding, gelu, layer_norm, linear, pieces
+from reference import (
+    attention,
+    cached_attention,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    layer_norm,
+    linear,
+    pieces,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,8 +27,15 @@ def _one_thread():
         yield
 
 
-@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+PASSES = [(row, gate) for row in ROWS.values() for gate in GATES.values() if gate.cases(row)]
+
+
+def test_only_a_layer_without_gradients_is_spared_a_gate():
+    spared = {(row.layer, gate.name) for row in ROWS.values() for gate in GATES.values() if (row, gate) not in PASSES}
+    assert spared == {("cached_attention", "differences")}
+
+
+@pytest.mark.parametrize("row, gate", PASSES, ids=[f"{row.name}-{gate.name}" for row, gate in PASSES])
 def test_every_layer_passes_every_gate(row, gate):
     if check.missing(gate.needs):
         pytest.skip(f"{gate.needs} is not installed")
@@ -154,6 +171,38 @@ def test_a_scale_that_is_given_is_used():
     np.testing.assert_array_equal(usual, attention.forward(q, k, v, scale=0.5)[0])
     uniform, _ = attention.forward(q, k, v, causal=False, scale=0.0)
     np.testing.assert_allclose(uniform, np.broadcast_to(v.mean(axis=2, keepdims=True), v.shape))
+
+
+# ---------------------------------------------------------------- cached attention
+
+
+def test_several_new_tokens_are_attended_to_as_if_they_came_one_by_one():
+    q, k, v = (rng().normal(size=(2, heads, length, 5)) for heads, length in ((6, 4), (3, 9), (3, 9)))
+    starts = np.array([5, 2])
+    whole, _ = cached_attention.forward(q, k, v, starts)
+    for t in range(4):
+        one, _ = cached_attention.forward(q[:, :, t : t + 1], k, v, starts + t)
+        np.testing.assert_allclose(whole[:, :, t : t + 1], one, rtol=1e-12)
+
+
+def test_a_scale_of_a_cache_s_scores_that_is_given_is_used():
+    q, k, v = (rng().normal(size=(1, 1, length, 4)) for length in (1, 3, 3))
+    usual, _ = cached_attention.forward(q, k, v, np.array([2]))
+    np.testing.assert_array_equal(usual, cached_attention.forward(q, k, v, np.array([2]), scale=0.5)[0])
+    uniform, _ = cached_attention.forward(q, k, v, np.array([2]), scale=0.0)
+    np.testing.assert_allclose(uniform, v.mean(axis=2, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    "keys, starts, message",
+    [
+        ((2, 2, 7, 5), (2,), r"k, v: expected both \(2, G, S, 5\) with G dividing 3, got \(2, 2, 7, 5\)"),
+        ((2, 3, 7, 5), (3,), r"starts: expected shape \(2,\), got \(3,\)"),
+    ],
+)
+def test_cached_attention_refuses_shapes_that_do_not_fit(keys, starts, message):
+    with pytest.raises(ValueError, match=message):
+        cached_attention.forward(np.ones((2, 3, 1, 5)), np.ones(keys), np.ones(keys), np.zeros(starts, int))
 
 
 # ---------------------------------------------------------------- dropout

@@ -14,6 +14,7 @@ from gpt.parity.ops import ROWS, Case, select
 EVERY_CASE = [(row, case) for row in ROWS.values() for case in row.cases + row.rounding]
 IDS = [f"{row.name} {case}" for row, case in EVERY_CASE]
 ATTENTION = [row for row in ROWS.values() if row.layer == "attention"]
+CACHED = [row for row in ROWS.values() if row.layer == "cached_attention"]
 
 
 def shapes(layer: str) -> set[tuple[int, ...]]:
@@ -53,6 +54,18 @@ def test_attention_is_checked_grouped_causal_or_not_with_a_past_and_with_queries
     assert causal["attention-past"]
     assert any(S > T for _, _, _, T, S, _ in past)
     assert any(S < T for _, _, _, T, S, _ in past), "the first queries see no key"
+
+
+@pytest.mark.parametrize("row", CACHED, ids=lambda row: row.name)
+def test_a_cache_is_checked_with_rows_of_all_lengths_around_blocks_and_splits(row):
+    assert {case.size[3] for case in row.cases} >= {1, 3, 17}
+    assert {case.size[4] for case in row.cases} >= {1, 63, 64, 65, 127, 300}
+    assert {case.size[5] for case in row.cases} >= {1, 15, 32, 54, 64, 96, 128}
+    for case in row.cases:
+        (B, _, _, T, S, _), starts = case.size, row.problem(case).arguments["starts"]
+        assert starts.min() == (0 if B > 1 else S - T)
+        assert starts.max() == S - T
+    assert any(len(set(row.problem(case).arguments["starts"].tolist())) > 3 for case in row.cases)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -131,6 +144,6 @@ def test_every_layer_of_the_reference_has_a_row():
     found = {
         path.stem
         for path in Path(reference.__file__).parent.iterdir()
-        if path.suffix == ".py" and "\ndef backward(" in path.read_text() and path.stem != "model"
+        if path.suffix == ".py" and "\ndef forward(" in path.read_text() and path.stem != "model"
     }
     assert found == layers
