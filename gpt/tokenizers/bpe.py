@@ -100,6 +100,8 @@ def huggingface_spec(folder: Path) -> dict[str, Any] | None:
 
 def _spec(path: Path, vocabulary: Mapping[str, Any], merges: Sequence[str]) -> dict[str, Any]:
     """Of a vocabulary in printable characters; what no merge makes and is no byte is special."""
+    if not all(type(id) is int for id in vocabulary.values()):
+        raise UserError(f"{path}: expected a whole number for each token")
     character_bytes = {character: value for value, character in _characters().items()}
     tokens: dict[bytes, int] = {}
     special = dict(vocabulary)

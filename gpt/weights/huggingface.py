@@ -103,7 +103,7 @@ def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
     if not settings.get("scale_attn_weights", True):
         raise UserError(f"{path}: scale_attn_weights is off, which no model here has")
     activation = settings.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(f"{path}: activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     try:
         return GPTConfig(

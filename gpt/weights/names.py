@@ -6,7 +6,8 @@ and value are one tensor in GPT-2's files; a tied head is in none, because it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from gpt.errors import UserError
 from gpt.weights.tensors import Stored
 from reference.config import GPTConfig
 
-__all__ = ["FORMATS", "Format", "Row", "from_ours", "to_ours"]
+__all__ = ["FORMATS", "Format", "Row", "check_layers", "from_ours", "to_ours"]
 
 
 class Row(NamedTuple):
@@ -76,6 +77,7 @@ def to_ours(format: Format, config: GPTConfig, theirs: Mapping[str, Stored], pla
 
     Raises UserError that names the tensor, both shapes and `place`, the file; and lists missing and unexpected names.
     """
+    check_layers(place, config, theirs)
     shapes = config.parameter_shapes()
     rows = [row for row in format.rows(config) if row.ours[0] in shapes]
     known = {row.theirs for row in rows}
@@ -100,6 +102,12 @@ def to_ours(format: Format, config: GPTConfig, theirs: Mapping[str, Stored], pla
             ours[name] = _part(row, tensor, start, shape)
             start += shape[0]
     return {name: ours[name] for name in shapes}
+
+
+def check_layers(place: str | Path, config: GPTConfig, tensors: Collection[str]) -> None:
+    """Refuse, before they are listed, layers by the billion that a damaged config asks for."""
+    if config.n_layers > len(tensors):
+        raise UserError(f"{place}: {len(tensors)} tensors, too few for the config's {config.n_layers} layers")
 
 
 def from_ours(format: Format, config: GPTConfig, params: Mapping[str, Any]) -> dict[str, Stored]:

@@ -13,6 +13,7 @@ import numpy as np
 from gpt.data.files import replace
 from gpt.engine import check_arrays
 from gpt.errors import UserError
+from gpt.weights.names import check_layers
 from gpt.weights.tensors import Stored, read_safetensors, write_safetensors
 from reference.config import GPTConfig
 
@@ -68,6 +69,7 @@ def read_model(path: Path) -> SavedModel:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a twingrad model: no readable config in its header ({error})") from None
+    check_layers(path, config, params)
     check_shapes(path, params, config.parameter_shapes())
     return SavedModel({name: params[name] for name in config.parameter_shapes()}, config, tokenizer)
 

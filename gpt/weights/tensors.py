@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def read_sharded(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict
         raise UserError(f'{index}: not an index of weights, "weight_map": name -> file ({error!r})') from None
     shards = {}
     for file in files:
-        if not isinstance(file, str) or not file or file in (".", "..") or set(file) & {"/", "\\", "\0", ":"}:
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*", file, re.ASCII):
             raise UserError(f"{index}: names the file {file!r}, expected a file beside the index")
         shards[file] = read(index.parent / file)
     missing = [name for name, file in names.items() if name not in shards[file]]
