@@ -15,8 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; its exit status, or 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    steps = commands.add_parser("cpu", help="a training step of both engines, each in a process of its own, in turns")
-    steps.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cpu.CASES)}; all unless named")
+    steps = commands.add_parser(
+        "cpu", help="training and generating with both engines, each in a process of its own, in turns"
+    )
+    steps.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cpu.NAMES)}; all unless named")
     steps.add_argument("--rounds", type=int, help="timed steps of each engine (default: by the case)")
     each = commands.add_parser("layers", help="every layer, forward and backward, of both engines (pytest-benchmark)")
     product = commands.add_parser("matmul", help="one matrix product on the CPU, and on a GPU where there is one")

@@ -2,13 +2,11 @@
 
 Each engine has a process of its own, so that their thread pools do not disturb each other, and they take their steps in
 turns, so that a machine that slows down slows both. The ratio is taken round by round, and its median is what counts.
+The case `generate` is in generate.py.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -18,7 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import results
+from bench import generate, results
+from bench.process import Worker
 from gpt.errors import UserError, require
 from reference.config import PRESETS
 
@@ -42,43 +41,13 @@ CASES = {
     "bytes-small": Case("bytes-small", batch=16, length=128, rounds=51, time_target=0.9),
 }
 
-
-class Worker:
-    """An engine in its process, see worker.py."""
-
-    def __init__(self, case: Case, engine: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        config = PRESETS[case.preset].to_dict()
-        self.ask({"config": config, "engine": engine, "batch": case.batch, "length": case.length})
-
-    def ask(self, message: Any) -> Any:
-        """Send one line, wait for one back."""
-        assert self.process.stdin
-        print(json.dumps(message), file=self.process.stdin, flush=True)
-        return self.hear()
-
-    def hear(self) -> Any:
-        """The next line the worker writes."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"error: a worker ended early with status {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> Any:
-        """End the worker; its last words."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        last = self.hear()
-        self.process.wait()
-        return last
+NAMES = (*CASES, generate.NAME)
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Times in seconds, memory in bytes, ratios NumPy / PyTorch."""
-    workers = {engine: Worker(case, engine) for engine in ENGINES}
+    settings = {"work": "train", "batch": case.batch, "length": case.length}
+    workers = {engine: Worker(PRESETS[case.preset], {**settings, "engine": engine}) for engine in ENGINES}
     times: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for _ in track(range(rounds), f"{case.preset}, {case.batch} x {case.length} tokens", transient=True):
         for engine, worker in workers.items():
@@ -108,11 +77,24 @@ def main(names: list[str], rounds: int | None, out: Path | None) -> int:
     """Measure these cases, or all, print the table, write JSON; 0 even if a target is missed: the table shows it."""
     require("torch", extra="torch")
     for name in names:
-        if name not in CASES:
-            raise UserError(f"{name!r} is not one of {', '.join(CASES)}")
+        if name not in NAMES:
+            raise UserError(f"{name!r} is not one of {', '.join(NAMES)}")
     if rounds is not None and rounds < 1:
         raise UserError(f"rounds: expected at least 1, got {rounds}")
-    measured = {name: measure(CASES[name], rounds or CASES[name].rounds) for name in names or CASES}
+    chosen = names or NAMES
+    training = [name for name in chosen if name in CASES]
+    measured = {name: measure(CASES[name], rounds or CASES[name].rounds) for name in training}
+    if measured:
+        _print(measured)
+    if generate.NAME in chosen:
+        measured[generate.NAME] = generate.measure(rounds or generate.ROUNDS)
+        generate.show(measured[generate.NAME])
+    if out:
+        results.write(out, "cpu", measured)
+    return 0
+
+
+def _print(measured: dict[str, Any]) -> None:
     table = Table("case", "numpy ms", "torch ms", "ratio", "target", "numpy MiB", "torch MiB", "ratio", "target")
     for name, case in measured.items():
         engines = [case["engines"][engine] for engine in ENGINES]
@@ -126,6 +108,3 @@ def main(names: list[str], rounds: int | None, out: Path | None) -> int:
             f"{case['memory_target']:.2f}",
         )
     Console(width=100).print(table)
-    if out:
-        results.write(out, "cpu", measured)
-    return 0

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gpt.cache import Cache
-from gpt.ops import TORCH, Operators
+from gpt.ops import TORCH, Operators, linear
 from reference import philox
 from reference.config import GPTConfig
 
@@ -20,6 +20,11 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 def _no_trace(name: str, tensor: torch.Tensor) -> None:
     pass
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -41,10 +46,10 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
         emb, q_dim, kv_dim = config.emb_dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.query = nn.Linear(emb, q_dim, bias=config.qkv_bias)
-        self.key = nn.Linear(emb, kv_dim, bias=config.qkv_bias)
-        self.value = nn.Linear(emb, kv_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(q_dim, emb, bias=config.bias)
+        self.query = Linear(emb, q_dim, bias=config.qkv_bias)
+        self.key = Linear(emb, kv_dim, bias=config.qkv_bias)
+        self.value = Linear(emb, kv_dim, bias=config.qkv_bias)
+        self.out = Linear(q_dim, emb, bias=config.bias)
         self.config, self.operators, self.layer = config, operators, layer
 
     def forward(
@@ -76,8 +81,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
-        self.up = nn.Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
-        self.down = nn.Linear(config.mlp_dim, config.emb_dim, bias=config.bias)
+        self.up = Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
+        self.down = Linear(config.mlp_dim, config.emb_dim, bias=config.bias)
         self.approximate, self.operators, self.layer = GELU[config.mlp], operators, layer
 
     def forward(self, x: torch.Tensor, trace: Any = _no_trace) -> torch.Tensor:
@@ -135,7 +140,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, self.operators, i) for i in range(config.n_layers))
         self.final_norm = Norm(config, self.operators)
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=config.head_bias)
+            self.head = Linear(config.emb_dim, config.vocab_size, bias=config.head_bias)
 
     def forward(
         self,
@@ -151,7 +156,7 @@ class GPT(nn.Module):
         `trace(name, tensor)` is called with each tensor in execution order. `cache`: of the tokens before these, to
         which these are added; without dropout.
         """
-        x = nn.functional.linear(self.hidden(tokens, noise, trace, positions, cache), *self.head_parameters())
+        x = linear(self.hidden(tokens, noise, trace, positions, cache), *self.head_parameters())
         trace("head", x)
         return x
 

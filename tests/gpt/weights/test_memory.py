@@ -1,0 +1,90 @@
+"""What loading takes at its peak: the parameters' own size and little more, into either engine, from either layout."""
+
+import json
+import struct
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt.weights.huggingface import _settings
+from gpt.weights.names import FORMATS, from_ours
+from reference.config import PRESETS, GPTConfig
+
+ROOT = Path(__file__).parents[3]
+
+# Prints the peak of the process's memory before and after, and the CPU seconds of loading.
+MEASURE = """
+import resource, sys, time
+import numpy as np
+from gpt.engine import create_engine
+from gpt.weights.load import load
+from reference import GPT, GPTConfig
+tiny = GPTConfig(5, 4, 4, 1, 1)
+create_engine(sys.argv[2], tiny, GPT.seeded(tiny, 1).params)  # brings in the libraries that loading needs
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start = peak(), time.process_time()
+saved = load(sys.argv[1])
+engine = create_engine(sys.argv[2], saved.config, saved.params)
+print(before, peak(), time.process_time() - start)
+logits = engine.logits(np.arange(3)[None])
+assert np.isfinite(logits).all()
+"""
+
+
+class Shape:
+    """Stands for a parameter that is nowhere."""
+
+    dtype = np.dtype("float32")
+
+
+def write_folder(folder, config):
+    """A folder as transformers' with random weights, written piece by piece so that it may be larger than memory."""
+    shapes = from_ours(FORMATS["huggingface-gpt2"], config, dict.fromkeys(config.parameter_shapes(), Shape()))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in shapes.items():
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    piece = (0.02 * np.random.default_rng(0).standard_normal(1 << 22, np.float32)).tobytes()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for start in range(0, end, len(piece)):
+            file.write(piece[: end - start])
+    (folder / "config.json").write_text(json.dumps(_settings(config)))
+    assert end == 4 * sum(map(prod, config.parameter_shapes().values()))
+    return end
+
+
+def measure(folder, engine):
+    command = [sys.executable, "-c", MEASURE, str(folder), engine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_loading_takes_the_parameters_own_size(tmp_path, engine):
+    """Beyond what Python and its libraries take, which is a constant."""
+    pytest.importorskip("torch")
+    size = write_folder(tmp_path, GPTConfig(5000, 64, 1024, 8, 16, qkv_bias=True, tie_embeddings=True))
+    before, after, _ = measure(tmp_path, engine)
+    assert after - before < 1.15 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_one_and_a_half_billion_parameters_load_in_their_own_size(tmp_path, engine):
+    """In all, Python and its libraries included."""
+    pytest.importorskip("torch")
+    size = write_folder(tmp_path, PRESETS["gpt2-xl"])
+    _, after, seconds = measure(tmp_path, engine)
+    (tmp_path / "model.safetensors").unlink()
+    print(f"{engine}: {after / 1e9:.2f} GB for {size / 1e9:.2f} GB, {seconds:.1f} s of CPU")
+    assert after < 1.15 * size
+    assert after < 8e9
