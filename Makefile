@@ -1,4 +1,4 @@
-# make demo | test | lint | static | reproduce      everything is installed into .venv, once
+# make demo | test | lint | static | reproduce | reproduce-pretrained      everything is installed into .venv, once
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A new version pin or a new top-level package asks for a fresh install.
 PROJECT := pyproject.toml constraints.txt $(wildcard */__init__.py)
 
-.PHONY: demo test lint static reproduce clean
+.PHONY: demo test lint static reproduce reproduce-pretrained clean
 
 demo: $(VENV)/.torch
 	$(BIN)/twingrad demo
@@ -24,6 +24,10 @@ static: $(VENV)/.dev
 
 reproduce: $(VENV)/.dev
 	$(BIN)/python -m tests.figures
+
+# OpenAI's GPT-2, 124M and 355M, is downloaded once (2 GB).
+reproduce-pretrained: $(VENV)/.dev
+	$(BIN)/python -m tests.figures --pretrained
 
 clean:
 	rm -rf $(VENV)

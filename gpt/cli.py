@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from gpt import __version__
@@ -97,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
-        status = run_command("twingrad", COMMANDS, sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status = run_command("twingrad", COMMANDS, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # so that a reader that has gone shows here
         return status
     except BrokenPipeError:  # as in `twingrad data list | head -1`
@@ -111,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError | OSError) else 1
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

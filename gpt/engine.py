@@ -22,6 +22,18 @@ Trace = Callable[[str, np.ndarray], None]
 IGNORE = -100  # a target that does not count
 
 
+class Tensor(Protocol):
+    """An array, or what becomes one when it is read from a file (gpt/weights/tensors.py)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __array__(self, dtype: Any = None) -> np.ndarray: ...
+
+
 class Batch(NamedTuple):
     """Examples to learn from: at each position the inputs so far, and the token that comes next."""
 
@@ -119,7 +131,7 @@ class Engine(Protocol):
         """All parameters by name."""
         ...
 
-    def load_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+    def load_parameters(self, params: Mapping[str, Tensor]) -> None:
         """Replace all parameters; a missing, unknown or misshapen one is a UserError, and nothing has changed."""
         ...
 
@@ -127,7 +139,7 @@ class Engine(Protocol):
         """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter, and "step", an int64 scalar."""
         ...
 
-    def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Replace AdamW's memory; errors as in `load_parameters`."""
         ...
 
@@ -139,7 +151,7 @@ class Engine(Protocol):
 def create_engine(
     name: str,
     config: GPTConfig,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, Tensor],
     optimizer: OptimizerConfig | None = None,
     dtype: str = "float32",
     device: str = "auto",
@@ -192,7 +204,7 @@ def check_batch(batch: Batch, config: GPTConfig) -> None:
         raise UserError(f"targets: id {wrong} is outside the vocabulary, expected 0 <= id < {config.vocab_size}")
 
 
-def check_arrays(given: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_arrays(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a mapping whose names or shapes are not exactly these."""
     missing = [name for name in shapes if name not in given]
     unknown = [name for name in given if name not in shapes]

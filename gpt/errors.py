@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from types import ModuleType
 
-__all__ = ["UserError", "require"]
+__all__ = ["UserError", "check_installed", "require"]
 
 
 class UserError(ValueError):
@@ -26,4 +28,15 @@ def require(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise UserError(f"this needs {package}, which is not installed: pip install 'twingrad[{extra}]'") from error
+        raise _not_installed(package, extra) from error
+
+
+def check_installed(module: str, extra: str) -> None:
+    """Raise what `require` would, without the import: for a package that another process will use."""
+    absent = sys.modules[module] is None if module in sys.modules else importlib.util.find_spec(module) is None
+    if absent:
+        raise _not_installed(module, extra)
+
+
+def _not_installed(package: str, extra: str) -> UserError:
+    return UserError(f"this needs {package}, which is not installed: pip install 'twingrad[{extra}]'")

@@ -87,7 +87,7 @@ class LLM:
         if samples < 1:
             raise UserError(f"samples: expected at least 1, got {samples}")
         single = isinstance(prompt, (str, Mapping))
-        given = [prompt] if single else list(prompt)
+        given: list[Prompt] = [prompt] if isinstance(prompt, (str, Mapping)) else list(prompt)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stream:
             if not single or samples > 1:

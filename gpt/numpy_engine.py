@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt import engine as face
 from gpt import memory
-from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Trace
+from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Tensor, Trace
 from reference import cross_entropy, model, optim
 from reference.cache import Cache
 from reference.config import GPTConfig
@@ -21,7 +21,7 @@ class NumpyEngine:
     name = "numpy"
 
     def __init__(
-        self, config: GPTConfig, params: Mapping[str, np.ndarray], optimizer: OptimizerConfig, dtype: str = "float32"
+        self, config: GPTConfig, params: Mapping[str, Tensor], optimizer: OptimizerConfig, dtype: str = "float32"
     ) -> None:
         face.check_arrays(params, config.parameter_shapes())
         self.config, self._dtype = config, dtype
@@ -89,7 +89,7 @@ class NumpyEngine:
     def parameters(self) -> Arrays:
         return self._params
 
-    def load_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+    def load_parameters(self, params: Mapping[str, Tensor]) -> None:
         face.check_arrays(params, self.config.parameter_shapes())
         for name, array in self._params.items():
             array[...] = params[name]
@@ -99,7 +99,7 @@ class NumpyEngine:
         moments = {f"{moment}.{name}": array for moment in "mv" for name, array in state[moment].items()}
         return {"step": np.array(state["step"], np.int64)} | moments
 
-    def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         face.check_arrays(state, face.optimizer_shapes(self.config))
         self._optimizer.steps = int(np.asarray(state["step"]))
         for moment, arrays in (("m", self._optimizer.m), ("v", self._optimizer.v)):

@@ -10,7 +10,7 @@ import torch
 from gpt import engine as face
 from gpt.cache import Cache
 from gpt.devices import available_devices
-from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Trace
+from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Tensor, Trace
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.ops import choose, separate
@@ -23,7 +23,7 @@ class TorchEngine:
     def __init__(
         self,
         config: GPTConfig,
-        params: Mapping[str, np.ndarray],
+        params: Mapping[str, Tensor],
         optimizer: OptimizerConfig,
         dtype: str = "float32",
         device: str = "auto",
@@ -105,7 +105,7 @@ class TorchEngine:
     def parameters(self) -> Arrays:
         return {name: p.detach().cpu().numpy() for name, p in self._params.items()}
 
-    def load_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+    def load_parameters(self, params: Mapping[str, Tensor]) -> None:
         face.check_arrays(params, self.config.parameter_shapes())
         with torch.no_grad():
             for name, p in self._params.items():
@@ -124,7 +124,7 @@ class TorchEngine:
                 state["step"] = np.array(int(of_parameter["step"]), np.int64)
         return state
 
-    def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         face.check_arrays(state, face.optimizer_shapes(self.config))
         for name, p in self._params.items():
             m, v = (

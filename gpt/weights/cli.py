@@ -44,9 +44,8 @@ def convert(argv: list[str]) -> None:
     is_file = arguments.target.suffix == ".safetensors"
     to = arguments.to or ("twingrad" if is_file else "huggingface")
     if is_file != (to == "twingrad"):
-        raise UserError(
-            f"{arguments.target}: expected {'a name that ends in .safetensors' if not is_file else 'a folder'}"
-        )
+        expected = "a folder" if is_file else "a name that ends in .safetensors"
+        raise UserError(f"{arguments.target}: expected {expected} for {to}")
     model = load.load(arguments.source)
     if to == "twingrad":
         if arguments.target.exists():

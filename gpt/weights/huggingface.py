@@ -176,7 +176,7 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_size: int, met
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", tensors, metadata)
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, shard, metadata)

@@ -35,14 +35,17 @@ def load(source: str | Path) -> SavedModel:
 def find(source: str | Path) -> Path:
     """The file or folder that `source` means, downloaded if need be."""
     path = Path(source)
+    if not str(source):
+        raise UserError("expected weights, a name, a folder or a file, got an empty name")
     if path.exists():
         return path
     name = str(source)
     if name in registry.ENTRIES:
         converted = registry.folder(name) / CONVERTED
         if not converted.exists():
-            model = openai.read_checkpoint(registry.get(name))
-            native.save_model(converted, model.params, model.config, model.tokenizer)
+            folder = registry.get(name)
+            native.save_model(converted, *openai.read_checkpoint(folder))
+            openai.dump_of(folder).unlink()
         return converted
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) and not path.parent.exists():
         return registry.get(name)

@@ -2,24 +2,30 @@
 
 Query, key and value are one variable, model/h0/attn/c_attn/w, of shape (1, in, 3 in); so are all projections stored,
 with a leading axis and (in, out). TensorFlow verifies a checksum of each variable as it reads it.
+
+TensorFlow and PyTorch in one process may crash it. So TensorFlow has one of its own, `python -m gpt.weights.openai`,
+which writes the variables under their names into a safetensors file in the cache, once for each checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
-
-from gpt.errors import UserError, require
+from gpt.data.catalogue import cache_folder
+from gpt.data.files import replace
+from gpt.errors import UserError, check_installed, require
 from gpt.weights.names import FORMATS, to_ours
 from gpt.weights.native import SavedModel
-from gpt.weights.tensors import Stored
+from gpt.weights.tensors import Stored, read_safetensors, write_safetensors
 from reference.config import GPTConfig
 
-__all__ = ["is_checkpoint", "read_checkpoint", "read_variables"]
+__all__ = ["HPARAMS", "dump_of", "is_checkpoint", "read_checkpoint", "read_variables"]
 
 HPARAMS = "hparams.json"
 OPTIMIZER = re.compile(r".*/Adam(_\d+)?|beta\d_power.*|global_step")  # of those who trained further
@@ -39,38 +45,33 @@ def read_checkpoint(folder: Path) -> SavedModel:
 
 def read_variables(folder: Path) -> dict[str, Stored]:
     """All variables of a TensorFlow checkpoint by name, without an optimizer's."""
-    if not (folder / "checkpoint").exists() and not list(folder.glob("*.index")):
-        raise UserError(f"{folder}: holds no TensorFlow checkpoint, no file `checkpoint` and no *.index")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it has much to say about the machine otherwise
-    tensorflow = require("tensorflow", extra="openai")
-    try:
-        # What the file `checkpoint` says first is the newest one's name; whose folder it names is of no matter.
-        place = (
-            tensorflow.train.latest_checkpoint(str(folder)) or str(sorted(folder.glob("*.index"))[0])[: -len(".index")]
-        )
-        reader = tensorflow.train.load_checkpoint(place)
-        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-    except Exception as error:  # what a damaged file raises is not documented
-        raise UserError(f"{folder}: not a readable TensorFlow checkpoint: {_one_line(error)}") from None
+    dump = dump_of(folder)
+    if not dump.exists():
+        check_installed("tensorflow", extra="openai")
+        command = [sys.executable, "-m", "gpt.weights.openai", str(folder), str(dump)]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            why = done.stderr.strip().splitlines() or [f"TensorFlow's process ended with status {done.returncode}"]
+            raise UserError(f"{folder}: {why[-1].removeprefix('error: ')}")
+    return read_safetensors(dump)[0]
 
-    def stored(name: str) -> Stored:
-        def read() -> np.ndarray:
-            try:
-                return reader.get_tensor(name)
-            except Exception as error:
-                raise UserError(f"{folder}: {name} could not be read: {_one_line(error)}") from None
 
-        dtype = np.dtype(dtypes[name].as_numpy_dtype)
-        return Stored(tuple(shapes[name]), dtype, dtype.name, read)
-
-    return {name: stored(name) for name in sorted(shapes) if not OPTIMIZER.fullmatch(name)}
+def dump_of(folder: Path) -> Path:
+    """Where the cache keeps the variables of the checkpoint that is in this folder now. UserError if there is none."""
+    indexes = sorted(folder.glob("*.index"))
+    if not indexes:
+        raise UserError(f"{folder}: holds no TensorFlow checkpoint, no *.index")
+    files = [path for path in sorted(folder.iterdir()) if path.name == "checkpoint" or ".ckpt" in path.name]
+    now = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, *indexes)]
+    return cache_folder() / "weights" / f"tensorflow-{hashlib.sha256(repr(now).encode()).hexdigest()[:16]}.safetensors"
 
 
 def _config(path: Path) -> GPTConfig:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-        sizes = [given[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head")]
-        return GPTConfig(*sizes, qkv_bias=True, tie_embeddings=True)
+        V, T, C, L, H = (given[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head"))
+        return GPTConfig(V, T, C, L, H, qkv_bias=True, tie_embeddings=True)
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror}") from None
     except KeyError as error:
@@ -79,5 +80,32 @@ def _config(path: Path) -> GPTConfig:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def main(folder: Path, target: Path) -> None:
+    """Write the variables of the checkpoint in `folder` to `target`, whole or not at all. Raises UserError."""
+    tensorflow = require("tensorflow", extra="openai")
+    try:
+        # What the file `checkpoint` says first is the newest one's name; whose folder it names is of no matter.
+        place = tensorflow.train.latest_checkpoint(str(folder))
+        place = place or str(sorted(folder.glob("*.index"))[0]).removesuffix(".index")
+        reader = tensorflow.train.load_checkpoint(place)
+        names = [name for name in sorted(reader.get_variable_to_shape_map()) if not OPTIMIZER.fullmatch(name)]
+        arrays = {name: reader.get_tensor(name) for name in names}
+    except Exception as error:  # what a damaged file raises is not documented
+        raise UserError(f"not a readable TensorFlow checkpoint: {' '.join(str(error).split())[:300]}") from None
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(part, arrays, {})
+        replace(part, target)
+    except OSError as error:
+        raise UserError(f"{target}: could not be written: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(*map(Path, sys.argv[1:]))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -22,22 +22,26 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m tests.figures", description="Reproduce the figures that the sources print.")
     parser.add_argument("ids", nargs="*", metavar="ID", help="a figure or the beginning of its id; none: all")
     parser.add_argument("--quick", action="store_true", help="leave out the training runs, which take minutes each")
+    parser.add_argument("--pretrained", action="store_true", help="those of OpenAI's GPT-2, which is then downloaded")
     parser.add_argument("--engine", choices=("numpy", "torch"), help="with this engine only")
     options = parser.parse_args(argv)
     chosen = {
         name: reproduction
         for name, reproduction in registry.load_all().items()
-        if (not options.ids or name.startswith(tuple(options.ids))) and not (options.quick and reproduction.slow)
+        if (not options.ids or name.startswith(tuple(options.ids)))
+        and not (options.quick and reproduction.slow)
+        and (name in registry.PRETRAINED) == options.pretrained
     }
     if not chosen:
         raise UserError(f"no figure begins with {' or '.join(options.ids)}")
     table = Table("figure", "printed", "numpy", "torch", "difference", "", title="Figures of the sources")
-    failed = 0
+    failed = missed = 0
     started = time.perf_counter()
     for number, (name, reproduction) in enumerate(chosen.items(), 1):
         print(f"\r{number}/{len(chosen)} {name:<40}", end="", file=sys.stderr, flush=True)
         shown, errors, verdict = reproduce(name, reproduction, options.engine)
         failed += verdict == "differs"
+        missed += verdict == "not run"
         entry = registry.FIGURES[name]
         printed = short(entry["printed"]) if entry["printed"] is not None else f"({short(entry['value'])})"
         cells = name, printed, *shown, " ".join(f"{error:.1e}" for error in errors), verdict
@@ -46,10 +50,10 @@ def main(argv: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     print("In brackets: not printed by the source, recorded from a run of PyTorch's. The difference is that from the")
     print(
-        f"printed and the recorded number, the larger one. {len(chosen)} figures, {failed} differ, "
+        f"printed and the recorded number, the larger one. {len(chosen)} figures, {failed} differ, {missed} not run, "
         f"{time.perf_counter() - started:.0f} s."
     )
-    return 1 if failed else 0
+    return 1 if failed or missed == len(chosen) else 0
 
 
 def reproduce(name: str, reproduction: registry.Reproduction, engine: str | None) -> tuple[list[str], list[float], str]:

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FIGURES = {entry["id"]: entry for entry in json.loads(Path(__file__).with_name("figures.json").read_text("utf-8"))}
+
+def _read(name: str) -> dict[str, dict[str, Any]]:
+    return {entry["id"]: entry for entry in json.loads(Path(__file__).with_name(name).read_text("utf-8"))}
+
+
+PRETRAINED = _read("pretrained.json")  # those that need OpenAI's weights
+FIGURES = _read("figures.json") | PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {}
 def figure(name: str, slow: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as what reproduces the figure of this id. `slow`: it takes minutes."""
     if name not in FIGURES:
-        raise KeyError(f"figures.json has no figure {name}")
+        raise KeyError(f"neither figures.json nor pretrained.json has a figure {name}")
     if name in REPRODUCTIONS:
         raise KeyError(f"figure {name} has two functions")
 
@@ -57,12 +63,20 @@ def difference(ours: Any, theirs: Any) -> float:
 def error(name: str, ours: Any) -> float:
     """How far a reproduction is from the figure: from what is printed and from what is recorded, whichever is more."""
     entry = FIGURES[name]
-    targets = [entry["value"]] + [entry["printed"]] * (entry["printed"] is not None)
+    targets = [entry[kind] for kind in ("value", "printed") if entry[kind] is not None]
     return max(difference(ours, target) for target in targets)
 
 
 def load_all() -> dict[str, Reproduction]:
-    """All reproductions, in the order of figures.json. Raises KeyError if a figure has none."""
-    from tests.figures import appendices, chapter2, chapter3, chapter4, chapter5, random_numbers  # noqa: F401
+    """All reproductions, in the order of figures.json and pretrained.json. Raises KeyError if a figure has none."""
+    from tests.figures import (  # noqa: F401
+        appendices,
+        chapter2,
+        chapter3,
+        chapter4,
+        chapter5,
+        pretrained,
+        random_numbers,
+    )
 
     return {name: REPRODUCTIONS[name] for name in FIGURES}

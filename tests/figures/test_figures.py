@@ -4,9 +4,14 @@ import os
 
 import pytest
 
-from tests.figures import engines, registry
+from gpt.weights.native import SavedModel
+from reference.config import GPTConfig
+from reference.init import initialize
+from reference.torch_rng import Generator
+from tests.figures import engines, pretrained, registry
 
 REPRODUCTIONS = registry.load_all()
+HERE = {name: reproduction for name, reproduction in REPRODUCTIONS.items() if name not in registry.PRETRAINED}
 NEEDS = {
     "the-verdict": ("TWINGRAD_DATA" in os.environ, "TWINGRAD_DATA names no folder with the-verdict.txt"),
     "gpt2": ("TIKTOKEN_CACHE_DIR" in os.environ, "TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary"),
@@ -14,7 +19,7 @@ NEEDS = {
 }
 CASES = [
     pytest.param(name, engine, id=f"{name}-{engine}" if engine else name, marks=[pytest.mark.slow] * reproduction.slow)
-    for name, reproduction in REPRODUCTIONS.items()
+    for name, reproduction in HERE.items()
     for engine in reproduction.engines
 ]
 
@@ -54,3 +59,24 @@ def test_every_figure_has_a_source_and_a_reproduction():
 )
 def test_difference(ours, theirs, expected):
     assert registry.difference(ours, theirs) == expected
+
+
+def test_figures_of_the_pretrained_models_are_computed_and_differ_for_another_model(monkeypatch):
+    """With a random model of GPT-2's vocabulary: each figure has the form of the printed one, and is not it."""
+    for need in ("the-verdict", "gpt2"):
+        present, reason = NEEDS[need]
+        if not present:
+            pytest.skip(reason)
+    config = GPTConfig(50257, 256, 8, 1, 2, qkv_bias=True, tie_embeddings=True)
+    saved = SavedModel(initialize(config, Generator(1), "gpt2"), config, {"name": "gpt2"})
+    monkeypatch.setattr(pretrained, "load", lambda name: saved)
+    pretrained.engine.cache_clear()
+    for name in registry.PRETRAINED:
+        for engine in REPRODUCTIONS[name].engines:
+            if engine == "torch":
+                pytest.importorskip("torch")
+            ours = REPRODUCTIONS[name].function(*([engines.layers(engine)] if engine else []))
+            assert registry.error(name, ours) > registry.FIGURES[name]["atol"], name
+            if not isinstance(ours, str) and "shape" not in ours:
+                assert registry.error(name, ours) < float("inf"), name
+    pretrained.engine.cache_clear()

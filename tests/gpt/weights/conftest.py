@@ -1,8 +1,11 @@
-"""Checkpoints in other people's formats, made by their own libraries."""
+"""Checkpoints in other people's formats, made by their own libraries; and a local server to fetch weights from."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -51,6 +54,12 @@ def save_with_tensorflow(folder, hparams=None, extra=None):
     return {name.replace("|", "/"): values[name] for name in values}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Nothing of these tests is kept in the user's cache."""
+    monkeypatch.setenv("TWINGRAD_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def openai_folder(tmp_path_factory):
     """A tiny checkpoint as OpenAI's, and its variables."""
@@ -78,3 +87,72 @@ def hub_folder(tmp_path_factory):
     folder, peer = tmp_path_factory.mktemp("hub"), make_peer()
     peer.save_pretrained(folder)
     return folder, peer
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `contents` by path, byte ranges too; `asked` are the paths that came, `headers` what came with each."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.contents: dict[str, bytes] = {}
+        self.links: dict[str, str] = {}  # paths to the next page
+        self.redirects: dict[str, str] = {}
+        self.refused: dict[str, int] = {}  # paths, or their beginnings, to the status
+        self.asked: list[str] = []
+        self.headers: list[dict] = []
+        self.cut = False  # the next answer breaks off after 100,000 bytes, those after it at once
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        server, path = self.server, self.path
+        server.asked.append(path)
+        server.headers.append(dict(self.headers))
+        refused = [status for start, status in server.refused.items() if path.startswith(start)]
+        if refused or (path not in server.contents and path not in server.redirects):
+            return self.send_error(refused[0] if refused else 404)
+        if path in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[path])
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.answer(server.contents[path])
+
+    def answer(self, content):
+        asked = self.headers["Range"]
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if self.path in self.server.links:
+            self.send_header("Link", f'<{self.server.links[self.path]}>; rel="next"')
+        self.end_headers()
+        content = content[start:]
+        if self.server.cut:
+            content = b"" if start else content[:100_000]
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content)
+
+
+@contextlib.contextmanager
+def serving():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server

@@ -1,18 +1,16 @@
 """Published weights from a local server that cuts, lacks files, alters them, or answers as Hugging Face does."""
 
-import contextlib
 import hashlib
 import json
 import re
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from gpt.errors import UserError
 from gpt.weights import registry
 from gpt.weights.registry import ENTRIES, Entry, File, find, folder, get
+from tests.gpt.weights.conftest import serving
 
 DATA = bytes(range(256)) * 1000
 SMALL = b'{"n_layer": 2}'
@@ -34,75 +32,6 @@ def sha256(content):
 
 def git_sha1(content):
     return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `contents` by path, byte ranges too; `asked` are the paths that came, `headers` what came with each."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.contents: dict[str, bytes] = {}
-        self.links: dict[str, str] = {}  # paths to the next page
-        self.redirects: dict[str, str] = {}
-        self.refused: dict[str, int] = {}  # paths, or their beginnings, to the status
-        self.asked: list[str] = []
-        self.headers: list[dict] = []
-        self.cut = False  # the next answer breaks off after 100,000 bytes, those after it at once
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-    def do_GET(self):
-        server, path = self.server, self.path
-        server.asked.append(path)
-        server.headers.append(dict(self.headers))
-        refused = [status for start, status in server.refused.items() if path.startswith(start)]
-        if refused or (path not in server.contents and path not in server.redirects):
-            return self.send_error(refused[0] if refused else 404)
-        if path in server.redirects:
-            self.send_response(302)
-            self.send_header("Location", server.redirects[path])
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self.answer(server.contents[path])
-
-    def answer(self, content):
-        asked = self.headers["Range"]
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        if self.path in self.server.links:
-            self.send_header("Link", f'<{self.server.links[self.path]}>; rel="next"')
-        self.end_headers()
-        content = content[start:]
-        if self.server.cut:
-            content = b"" if start else content[:100_000]
-        with contextlib.suppress(ConnectionError):
-            self.wfile.write(content)
-
-
-@contextlib.contextmanager
-def serving():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.fixture
-def server():
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)
