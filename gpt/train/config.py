@@ -111,11 +111,14 @@ class RunConfig:
     data: str = "python-stdlib"
     """A name of the data catalogue, or the path of a text file, a token file, or a folder of .txt files."""
     tokenizer: str | None = None
-    """gpt2, bytes, simple-v1 or simple-v2; none: the token file's own, and bytes for a text."""
+    """gpt2, bytes, simple-v1 or simple-v2; none: the weights' or the token file's own, else bytes."""
     preset: str = "bytes-small"
     """The model's architecture, a name in reference.config.PRESETS."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of GPTConfig that differ from the preset. The vocabulary size follows the tokenizer unless set here."""
+    weights: str | None = None
+    """Begin with these weights, a folder, a file or a name (weights list); their model then stands for the preset, and
+    their tokenizer for the tokenizer."""
     engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     dtype: Literal["float32", "float64"] = "float32"

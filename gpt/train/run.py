@@ -6,9 +6,10 @@ in the book, where `torch.manual_seed` comes before the model is made. So a seed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,8 @@ from gpt.train.log import read_log
 from gpt.train.plot import plot_losses, save_plot
 from gpt.train.progress import Progress, create_progress
 from gpt.train.trainer import Result, Trainer
+from gpt.weights.load import load
+from gpt.weights.native import SavedModel
 from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
@@ -45,7 +48,7 @@ __all__ = ["build", "train"]
 
 CONFIG, LOG, PLOT = "config.yaml", "log.csv", "loss"
 # What a resumed run may not change: it would be another run.
-FIXED = ("data", "tokenizer", "preset", "model", "dtype", "init", "loader", "train.seed", "train.first_eval")
+FIXED = ("data", "tokenizer", "preset", "model", "weights", "dtype", "init", "loader", "train.seed", "train.first_eval")
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ def train(config: RunConfig, progress: Progress | None = None) -> Result:
 
 def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer, Corpus]:
     """The trainer of a run, before its first step, and the text it trains on. Writes nothing but a folder's tokens."""
-    corpus = load_corpus(config)
-    model = _model_config(config, corpus.tokenizer.n_vocab)
+    saved = load(config.weights) if config.weights else None
+    corpus = load_corpus(config, saved.tokenizer if saved else None)
+    model = _model_config(config, corpus.tokenizer.n_vocab, saved)
     generator = Generator(config.train.seed)
-    params = initialize(model, generator, config.init)
+    params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
     max_length = config.loader.max_length or model.context_length
     if max_length > model.context_length:
         raise UserError(
@@ -100,7 +104,10 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
         _loader(config.loader, split, ids, max_length, generator)
         for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
     ]
-    engine = create_engine(config.engine, model, params, config.optimizer, config.dtype)
+    try:
+        engine = create_engine(config.engine, model, params, config.optimizer, config.dtype)
+    except UserError as error:
+        raise UserError(f"{error} (model: fields that change the weights' shapes)" if saved else str(error)) from None
     trainer = Trainer(
         engine,
         config.train,
@@ -115,25 +122,26 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
     return trainer, corpus
 
 
-def load_corpus(config: RunConfig) -> Corpus:
-    """The text that `config.data` names, encoded and split."""
+def load_corpus(config: RunConfig, spec: Mapping[str, Any] | None = None) -> Corpus:
+    """The text that `config.data` names, encoded and split. `spec`: of the tokenizer, where the config names none."""
     path, fraction = Path(config.data), config.loader.train_fraction
+    default = tokenizers.from_spec(spec) if spec and not config.tokenizer else None
     if path.is_dir():
-        return _split_file(_encode_folder(config, path), fraction)
+        return _split_file(_encode_folder(config, path, default), fraction)
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(len(MAGIC)) == MAGIC:
-                wanted = tokenizers.load(config.tokenizer) if config.tokenizer else None
+                wanted = tokenizers.load(config.tokenizer) if config.tokenizer else default
                 return _split_file(open_tokens(path, wanted), fraction)
     text = load_text(config.data)
-    tokenizer = tokenizers.load(config.tokenizer or "bytes", text)
+    tokenizer = default or tokenizers.load(config.tokenizer or "bytes", text)
     ids = [np.array(tokenizer.encode(part), np.int64) for part in split_text(text, fraction)]
     return Corpus(tokenizer, *ids)
 
 
-def _encode_folder(config: RunConfig, folder: Path) -> TokenFile:
+def _encode_folder(config: RunConfig, folder: Path, default: Tokenizer | None) -> TokenFile:
     """The folder's texts as a token file in the run's folder, encoded when the run begins."""
-    target, tokenizer = Path(config.out, "corpus.tokens"), tokenizers.load(config.tokenizer or "bytes")
+    target, tokenizer = Path(config.out, "corpus.tokens"), default or tokenizers.load(config.tokenizer or "bytes")
     if config.resume and target.exists():
         return open_tokens(target, tokenizer)
     return prepare(folder, target, tokenizer)
@@ -143,12 +151,15 @@ def _split_file(file: TokenFile, fraction: float) -> Corpus:
     return Corpus(tokenizers.from_spec(file.tokenizer), *split_tokens(file.ids, fraction))
 
 
-def _model_config(config: RunConfig, n_vocab: int) -> GPTConfig:
+def _model_config(config: RunConfig, n_vocab: int, saved: SavedModel | None) -> GPTConfig:
     if config.preset not in PRESETS:
         names = ", ".join(PRESETS)
         raise UserError(f"preset: {config.preset!r} is not one of {names}{did_you_mean(config.preset, PRESETS)}")
     try:
-        model = PRESETS[config.preset].replace(**{"vocab_size": n_vocab, **config.model})
+        if saved:
+            model = saved.config.replace(**config.model)
+        else:
+            model = PRESETS[config.preset].replace(**{"vocab_size": n_vocab, **config.model})
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from None
     if model.vocab_size < n_vocab:
@@ -201,7 +212,7 @@ def _check_folder(config: RunConfig, out: Path) -> None:
 def _describe(config: RunConfig, trainer: Trainer, corpus: Corpus) -> str:
     engine, tokens = trainer.engine, len(corpus.train_ids) + len(corpus.validation_ids)
     return (
-        f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name}); {config.preset}: "
+        f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name}); {config.weights or config.preset}: "
         f"{engine.config.n_parameters:,} parameters; {engine.name} engine, {config.dtype}; "
         f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch; {config.out}"
     )

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from gpt.engine import Batch, OptimizerConfig, create_engine
 from gpt.errors import UserError
+from gpt.generate import Sampling, Writer
 from reference import PRESETS, flash_attention, philox
 from reference import attention as written_out
 from reference.init import initialize
@@ -56,3 +57,15 @@ def test_the_kernels_take_counters_not_masks():
 
     with pytest.raises(UserError, match="dropout: the kernels compute their masks from counters"):
         triton.accumulate(Batch(TOKENS[:, :-1], TOKENS[:, 1:]), noise=mask)
+
+
+def test_the_kernels_write_the_same_text_with_their_cache():
+    prompts, sampling = [TOKENS[0, :5], TOKENS[1, :11]], Sampling(8, temperature=1.2, seed=3)
+    texts = []
+    for engine in engines("float32"):
+        writer = Writer(engine, prompts, sampling)
+        while writer.running:
+            writer.step()
+        texts.append(writer.texts)
+    assert texts[2] == texts[0]
+    assert [len(text) for text in texts[2]] == [13, 19]

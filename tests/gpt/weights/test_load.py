@@ -12,9 +12,17 @@ import pytest
 
 from gpt import LLM
 from gpt.cli import main
+from gpt.engine import create_engine
 from gpt.errors import UserError
+from gpt.tokenizers import ByteTokenizer
+from gpt.train.log import read_log
 from gpt.weights import load, registry
+from gpt.weights.huggingface import save_folder
+from gpt.weights.native import SavedModel, save_model
 from gpt.weights.registry import Entry, File
+from reference import GPT, PRESETS
+from reference.init import initialize
+from reference.torch_rng import Generator
 from tests.gpt.weights.conftest import make_peer, save_with_tensorflow, serving
 
 ROOT = Path(__file__).parents[3]
@@ -101,8 +109,6 @@ def test_no_network_and_nothing_cached_says_so_in_one_line(published, capsys):
 
 
 def test_a_repository_of_hugging_face_is_downloaded_and_loaded(tmp_path, monkeypatch, published):
-    from gpt.engine import create_engine
-
     peer = make_peer()
     peer.save_pretrained(tmp_path / "hub" / "owner" / "tiny")
     monkeypatch.setenv("HF_ENDPOINT", str(tmp_path / "hub"))
@@ -155,9 +161,6 @@ def test_list_is_sorted_by_size_needs_no_network_and_says_licence_and_size():
     ],
 )
 def test_commands_say_in_one_line_what_is_wrong(arguments, message, tmp_path, monkeypatch, capsys):
-    from gpt.weights.native import save_model
-    from reference import GPT, PRESETS
-
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "m.safetensors", GPT.seeded(PRESETS["bytes-tiny"], 1).params, PRESETS["bytes-tiny"])
     filled = [word.format(m=tmp_path / "m.safetensors") for word in arguments]
@@ -170,10 +173,6 @@ def test_commands_say_in_one_line_what_is_wrong(arguments, message, tmp_path, mo
 
 
 def test_a_nan_is_one_line_of_warning_on_the_command_line(tmp_path, capsys):
-    from gpt.tokenizers import ByteTokenizer
-    from gpt.weights.native import save_model
-    from reference import GPT, PRESETS
-
     params = GPT.seeded(PRESETS["bytes-tiny"], 1).params
     params["pos_emb.weight"][40, 0] = np.nan
     path = tmp_path / "m.safetensors"
@@ -196,3 +195,38 @@ def test_what_is_converted_carries_its_tokenizer(published, vocabulary, tmp_path
     assert tokenizer(text)["input_ids"] == ours.encode(text)
     assert tokenizer.decode(ours.encode(text)) == text
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["n_positions"] == 16
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_training_begins_with_loaded_weights_and_what_it_saves_goes_out_again(tmp_path, monkeypatch, engine):
+    monkeypatch.chdir(tmp_path)
+    config = PRESETS["bytes-tiny"].replace(context_length=16)
+    params = initialize(config, Generator(3), "gpt2")
+    save_folder(tmp_path / "hub", SavedModel(params, config, ByteTokenizer().spec()))
+    (tmp_path / "text.txt").write_text("a short text that is read again and again. " * 20)
+    options = ["--weights", "hub", "--data", "text.txt", "--engine", engine, "--weight_decay", "0"]
+    assert main(["train", *options, "--steps", "1", "--lr", "1e-12", "--out", "still"]) == 0
+    saved = load.load("still")
+    assert (saved.config, saved.tokenizer) == (config, {"name": "bytes"})
+    for name, array in params.items():
+        np.testing.assert_allclose(saved.params[name], array, atol=1e-9, err_msg=name)
+    assert main(["train", *options, "--steps", "8", "--lr", "1e-2", "--out", "run"]) == 0
+    losses = read_log(tmp_path / "run" / "log.csv")["train_loss"]
+    assert losses[~np.isnan(losses)][0] < 5  # beginning at ln 257 = 5.5, of 257 equally probable bytes
+    assert main(["weights", "convert", "run", "out"]) == 0
+    assert LLM.load("out", engine="numpy").generate("a short", 5) == LLM.load("run", engine="numpy").generate(
+        "a short", 5
+    )
+
+
+def test_a_model_that_the_weights_do_not_fit_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = PRESETS["bytes-tiny"]
+    save_model(tmp_path / "m.safetensors", initialize(config, Generator(3)), config, ByteTokenizer().spec())
+    (tmp_path / "text.txt").write_text("a short text that is read again and again. " * 20)
+    options = ["--weights", "m.safetensors", "--data", "text.txt", "--engine", "numpy"]
+    assert main(["train", *options, "--model.vocab_size", "300"]) == 2
+    shown = capsys.readouterr().err
+    assert "tok_emb.weight: expected shape (300, 48), got (257, 48) (model: fields that change" in shown
+    assert main(["train", *options, "--tokenizer", "gpt2"]) == 2
+    assert "the tokenizer has 50257 tokens, and the model only 257" in capsys.readouterr().err
