@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gpt import __version__
 from gpt.errors import UserError
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UserError | OSError) else 1
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
