@@ -12,7 +12,7 @@ from torch import nn
 
 from gpt.cache import Cache
 from gpt.ops import TORCH, Operators, linear
-from reference import philox
+from reference import philox, rope
 from reference.config import GPTConfig
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class Norm(nn.Module):
+class LayerNorm(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.emb_dim))
@@ -42,6 +42,23 @@ class Norm(nn.Module):
         return self.operators.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, config: GPTConfig, operators: Operators) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.emb_dim))
+        self.operators, self.eps = operators, config.norm_eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operators.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalized x + residual, and x + residual."""
+        return self.operators.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
@@ -53,7 +70,7 @@ class Attention(nn.Module):
         self.config, self.operators, self.layer = config, operators, layer
 
     def forward(
-        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None
+        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None, turns: Any = None
     ) -> torch.Tensor:
         B, T, _ = x.shape
         rate, name = self.config.attn_dropout, f"blocks.{self.layer}.attn"
@@ -62,11 +79,16 @@ class Attention(nn.Module):
             y = getattr(self, part)(x)
             trace(f"{name}.{part}", y)
             heads.append(y.view(B, T, -1, self.config.head_dim).transpose(1, 2))  # (B, H, T, D)
+        q, k, v = heads
+        if turns is not None:
+            q = self.operators.rope(q, *turns, self.config.rope_interleaved)
+            trace(f"{name}.query.rope", q)
+            k = self.operators.rope(k, *turns, self.config.rope_interleaved)
+            trace(f"{name}.key.rope", k)
         if cache is None:
             here = noise(self.layer, philox.ATTENTION, (B, self.config.n_heads, T, T), rate) if rate and noise else None
-            y = self.operators.attention(*heads, True, None, rate, here)
+            y = self.operators.attention(q, k, v, True, None, rate, here)
         else:
-            q, k, v = heads
             keys, values = cache.store(self.layer, k, v)
             if cache.end == T:  # nothing was there before: the usual attention, and no mask for it
                 y = self.operators.attention(q, k, v, True, None, 0.0, None)
@@ -81,15 +103,24 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
+        if config.mlp == "swiglu":
+            self.gate = Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
         self.up = Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
         self.down = Linear(config.mlp_dim, config.emb_dim, bias=config.bias)
-        self.approximate, self.operators, self.layer = GELU[config.mlp], operators, layer
+        self.activation, self.operators, self.layer = config.mlp, operators, layer
 
     def forward(self, x: torch.Tensor, trace: Any = _no_trace) -> torch.Tensor:
         name = f"blocks.{self.layer}.mlp"
-        x = self.up(x)
-        trace(f"{name}.up", x)
-        x = self.operators.gelu(x, self.approximate)
+        if self.activation == "swiglu":
+            gate = self.gate(x)
+            trace(f"{name}.gate", gate)
+            x = self.up(x)
+            trace(f"{name}.up", x)
+            x = self.operators.swiglu(gate, x)
+        else:
+            x = self.up(x)
+            trace(f"{name}.up", x)
+            x = self.operators.gelu(x, GELU[self.activation])
         trace(f"{name}.act", x)
         x = self.down(x)
         trace(f"{name}.down", x)
@@ -99,19 +130,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
-        self.norm1 = Norm(config, operators)
+        self.norm1 = NORMS[config.norm](config, operators)
         self.attn = Attention(config, operators, layer)
-        self.norm2 = Norm(config, operators)
+        self.norm2 = NORMS[config.norm](config, operators)
         self.mlp = MLP(config, operators, layer)
         self.rate, self.operators, self.layer = config.shortcut_dropout, operators, layer
 
     def forward(
-        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None
+        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None, turns: Any = None
     ) -> torch.Tensor:
         name = f"blocks.{self.layer}"
         y = self.norm1(x)
         trace(f"{name}.norm1", y)
-        y = self.attn(y, noise, trace, cache)
+        y = self.attn(y, noise, trace, cache, turns)
         y = self.drop(f"{name}.attn.dropout", philox.ATTENTION_SHORTCUT, y, noise, trace)
         y, x = self.norm2.add(x, y)
         trace(f"{name}.shortcut1", x)
@@ -129,6 +160,14 @@ class Block(nn.Module):
         return x
 
 
+def angles(config: GPTConfig, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """rope.angles of positions (..., T) on their device: cos and sin (..., T, D / 2), float32 at least."""
+    f = torch.from_numpy(rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)).to(places.device)
+    turns = places[..., None] * f
+    wide = torch.promote_types(dtype, torch.float32)
+    return turns.cos().to(wide), turns.sin().to(wide)
+
+
 class GPT(nn.Module):
     """`GPTConfig.parameter_shapes` are this module's `state_dict`, in the same order."""
 
@@ -136,9 +175,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.operators = config, operators
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        if config.position == "learned":
+            self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.blocks = nn.ModuleList(Block(config, self.operators, i) for i in range(config.n_layers))
-        self.final_norm = Norm(config, self.operators)
+        self.final_norm = NORMS[config.norm](config, self.operators)
         if not config.tie_embeddings:
             self.head = Linear(config.emb_dim, config.vocab_size, bias=config.head_bias)
 
@@ -174,17 +214,21 @@ class GPT(nn.Module):
         else:
             cache.begin(tokens.shape[1])
             places = cache.columns
-        tok, pos = self.tok_emb(tokens), self.pos_emb(places)
-        trace("tok_emb", tok)
-        trace("pos_emb", pos)
-        x = tok + pos
-        trace("emb", x)
+        x, turns = self.tok_emb(tokens), None
+        trace("tok_emb", x)
+        if self.config.position == "learned":
+            pos = self.pos_emb(places)
+            trace("pos_emb", pos)
+            x = x + pos
+            trace("emb", x)
+        else:
+            turns = angles(self.config, places, x.dtype)
         rate = self.config.emb_dropout
         if rate and noise is not None:
             x = self.operators.dropout(x, rate, noise(0, philox.EMBEDDING, tuple(x.shape), rate))
             trace("emb.dropout", x)
         for block in self.blocks:
-            x = block(x, noise, trace, cache)
+            x = block(x, noise, trace, cache, turns)
         chosen = x[:, positions] if isinstance(positions, slice) else x.take_along_dim(positions[..., None], dim=1)
         x = self.final_norm(chosen)
         trace("final_norm", x)

@@ -28,7 +28,11 @@ class Operators:
     name: str
     layer_norm: Callable[..., torch.Tensor]  # x, weight, bias, eps
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, bias, eps
+    rms_norm: Callable[..., torch.Tensor]  # x, weight, eps
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, eps
+    rope: Callable[..., torch.Tensor]  # x, cos, sin, interleaved
     gelu: Callable[..., torch.Tensor]  # x, approximate
+    swiglu: Callable[..., torch.Tensor]  # gate, up
     attention: Callable[..., torch.Tensor]  # q, k, v, causal, scale, rate, noise
     cached_attention: Callable[..., torch.Tensor]  # q, k, v, starts, scale
     dropout: Callable[..., torch.Tensor]  # x, rate, noise
@@ -67,6 +71,34 @@ def add_layer_norm(
     """x and residual (..., C), weight (C,), bias (C,) or None -> (y, total) like x."""
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x (..., C), weight (C,) -> (..., C)."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and residual (..., C), weight (C,) -> (y, total) like x."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """x (B, H, T, D), cos and sin (T, D / 2) or (B, T, D / 2) -> like x."""
+    if cos.ndim == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    pairs = a * cos - b * sin, a * sin + b * cos
+    y = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+    return y.to(x.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate and up (..., C) -> like gate."""
+    return F.silu(gate) * up
 
 
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -141,7 +173,11 @@ TORCH = Operators(
     "torch",
     layer_norm,
     add_layer_norm,
+    rms_norm,
+    add_rms_norm,
+    rope,
     gelu,
+    swiglu,
     attention,
     cached_attention,
     dropout,
@@ -187,7 +223,11 @@ def _triton() -> Operators:
         "triton",
         layer_norm.operator,
         add_layer_norm.operator,
+        rms_norm,
+        add_rms_norm,
+        rope,
         gelu.operator,
+        swiglu,
         partial(_with_counters, attention.operator),
         cached_attention.operator,
         partial(_with_counters, dropout.operator),
@@ -210,4 +250,8 @@ def separate(operators: Operators) -> Operators:
         total = x + residual
         return operators.layer_norm(total, *rest), total
 
-    return dataclasses.replace(operators, add_layer_norm=add_layer_norm)
+    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return operators.rms_norm(total, *rest), total
+
+    return dataclasses.replace(operators, add_layer_norm=add_layer_norm, add_rms_norm=add_rms_norm)

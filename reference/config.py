@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from reference.rope import Scaling
+
 CHOICES = {
-    "norm": ("layer_norm",),
-    "mlp": ("gelu_tanh", "gelu"),
-    "position": ("learned",),
+    "norm": ("layer_norm", "rms_norm"),
+    "mlp": ("gelu_tanh", "gelu", "swiglu"),
+    "position": ("learned", "rope"),
 }
 RATES = ("emb_dropout", "shortcut_dropout", "attn_dropout")
 
@@ -35,8 +37,11 @@ class GPTConfig:
     norm_eps: float = 1e-5
     mlp: str = "gelu_tanh"
     position: str = "learned"
+    rope_theta: float = 10000.0
+    rope_interleaved: bool = False  # which entries of a head are pairs, see rope.py
+    rope_scaling: Scaling | None = None  # may be given as a mapping
     qkv_bias: bool = False
-    bias: bool = True  # of the output projection, the MLP and the norms
+    bias: bool = True  # of the output projection, the MLP and layer norms
     head_bias: bool = False
     tie_embeddings: bool = False  # the output head is the token embedding
     emb_dropout: float = 0.0
@@ -60,15 +65,26 @@ class GPTConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        for name in ("qkv_bias", "bias", "head_bias", "tie_embeddings"):
+        for name in ("qkv_bias", "bias", "head_bias", "tie_embeddings", "rope_interleaved"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not true or false")
         for name in RATES:
             rate = getattr(self, name)
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"{name}: {rate!r} is not a rate, 0 <= rate < 1")
-        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps: {self.norm_eps!r} is not a positive number")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value!r} is not a positive number")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim: {self.head_dim} is odd, and rope turns pairs of entries")
+        if isinstance(self.rope_scaling, dict):
+            try:
+                object.__setattr__(self, "rope_scaling", Scaling(**self.rope_scaling))
+            except TypeError as error:
+                raise ValueError(f"rope_scaling: {error}") from None
+        if not isinstance(self.rope_scaling, Scaling | None):
+            raise ValueError(f"rope_scaling: {self.rope_scaling!r} is no mapping of its numbers")
         if self.tie_embeddings and self.head_bias:
             raise ValueError("head_bias: a head tied to the token embedding has no bias")
 
@@ -124,8 +140,9 @@ class GPTConfig:
         emb, q_dim, kv_dim = self.emb_dim, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "tok_emb.weight": (self.vocab_size, emb),
-            "pos_emb.weight": (self.context_length, emb),
         }
+        if self.position == "learned":
+            shapes["pos_emb.weight"] = (self.context_length, emb)
 
         def linear(name: str, d_out: int, d_in: int, bias: bool) -> None:
             shapes[f"{name}.weight"] = (d_out, d_in)
@@ -134,7 +151,7 @@ class GPTConfig:
 
         def norm(name: str) -> None:
             shapes[f"{name}.weight"] = (emb,)
-            if self.bias:
+            if self.bias and self.norm == "layer_norm":
                 shapes[f"{name}.bias"] = (emb,)
 
         for i in range(self.n_layers):
@@ -145,6 +162,8 @@ class GPTConfig:
             linear(f"{block}.attn.value", kv_dim, emb, self.qkv_bias)
             linear(f"{block}.attn.out", emb, q_dim, self.bias)
             norm(f"{block}.norm2")
+            if self.mlp == "swiglu":
+                linear(f"{block}.mlp.gate", self.mlp_dim, emb, self.bias)
             linear(f"{block}.mlp.up", self.mlp_dim, emb, self.bias)
             linear(f"{block}.mlp.down", emb, self.mlp_dim, self.bias)
         norm("final_norm")
@@ -160,6 +179,15 @@ class GPTConfig:
 
 def _gpt2(emb_dim: int, n_layers: int, n_heads: int) -> GPTConfig:
     return GPTConfig(50257, 1024, emb_dim, n_layers, n_heads, qkv_bias=True, tie_embeddings=True)
+
+
+def _llama(
+    vocab_size: int, context_length: int, emb_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, mlp_dim: int,
+    **others: Any,
+) -> GPTConfig:  # fmt: skip
+    sizes = (vocab_size, context_length, emb_dim, n_layers, n_heads, n_kv_heads)
+    llama: dict[str, Any] = {"norm": "rms_norm", "mlp": "swiglu", "position": "rope", "bias": False}
+    return GPTConfig(*sizes, mlp_dim=mlp_dim, **{**llama, **others})
 
 
 PRESETS: dict[str, GPTConfig] = {
@@ -184,6 +212,14 @@ PRESETS: dict[str, GPTConfig] = {
         shortcut_dropout=0.05,
         attn_dropout=0.05,
     ),
+    "llama2-7b": _llama(32000, 4096, 4096, 32, 32, 32, 11008),
+    "llama3.1-8b": _llama(128256, 131072, 4096, 32, 32, 8, 14336, rope_theta=5e5, rope_scaling=Scaling(8.0)),
+    "llama3.2-1b": _llama(
+        128256, 131072, 2048, 16, 32, 8, 8192, rope_theta=5e5, rope_scaling=Scaling(32.0), tie_embeddings=True
+    ),
+    # The same course's second model, with rope as in Meta's code.
+    "course-llama": _llama(16384, 512, 768, 12, 12, 12, 3072, rope_interleaved=True),
     "bytes-small": GPTConfig(257, 256, 128, 4, 4, qkv_bias=True, tie_embeddings=True),
     "bytes-tiny": GPTConfig(257, 64, 48, 2, 3, qkv_bias=True, tie_embeddings=True),
+    "bytes-llama": _llama(257, 256, 128, 4, 4, 2, 352, tie_embeddings=True),
 }

@@ -25,6 +25,9 @@ from reference import (
     layer_norm,
     linear,
     philox,
+    rms_norm,
+    rope,
+    swiglu,
 )
 from reference.cache import Cache
 from reference.config import GPTConfig
@@ -70,6 +73,8 @@ def forward(
         return note(name, y)
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
+        if config.norm == "rms_norm":
+            return run(name, rms_norm, x, params[f"{name}.weight"], config.norm_eps)
         return run(name, layer_norm, x, params[f"{name}.weight"], params.get(f"{name}.bias"), config.norm_eps)
 
     def project(name: str, x: np.ndarray) -> np.ndarray:
@@ -86,6 +91,9 @@ def forward(
     def attend(i: int, x: np.ndarray) -> np.ndarray:
         name, rate = f"blocks.{i}.attn", config.attn_dropout
         q, k, v = (heads(project(f"{name}.{part}", x)) for part in ("query", "key", "value"))
+        if config.position == "rope":
+            q = run(f"{name}.query.rope", rope, q, *turns, config.rope_interleaved)
+            k = run(f"{name}.key.rope", rope, k, *turns, config.rope_interleaved)
         if cache is None:
             here = noise(i, philox.ATTENTION, (B, config.n_heads, T, T), rate) if rate and noise else None
             y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
@@ -96,12 +104,18 @@ def forward(
 
     def feed_forward(i: int, x: np.ndarray) -> np.ndarray:
         name = f"blocks.{i}.mlp"
-        x = run(f"{name}.act", gelu, project(f"{name}.up", x), GELU[config.mlp])
+        if config.mlp == "swiglu":
+            x = run(f"{name}.act", swiglu, project(f"{name}.gate", x), project(f"{name}.up", x))
+        else:
+            x = run(f"{name}.act", gelu, project(f"{name}.up", x), GELU[config.mlp])
         return drop(f"{name}.dropout", i, philox.MLP_SHORTCUT, config.shortcut_dropout, project(f"{name}.down", x))
 
     x = run("tok_emb", embedding, tokens, params["tok_emb.weight"])
     places = np.arange(T) if cache is None else starts[:, None] + np.arange(T)
-    x = note("emb", x + run("pos_emb", embedding, places, params["pos_emb.weight"]))
+    if config.position == "learned":
+        x = note("emb", x + run("pos_emb", embedding, places, params["pos_emb.weight"]))
+    else:
+        turns = rope.angles(places, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
     x = drop("emb.dropout", 0, philox.EMBEDDING, config.emb_dropout, x)
     for i in range(config.n_layers):
         x = note(f"blocks.{i}.shortcut1", x + attend(i, norm(f"blocks.{i}.norm1", x)))
@@ -141,7 +155,11 @@ def backward(
                 grads[name] = gradient
 
     def norm(name: str, dy: np.ndarray) -> np.ndarray:
-        dx, dweight, dbias = layer_norm.backward(note(name, dy), saved[name])
+        if config.norm == "rms_norm":
+            dx, dweight = rms_norm.backward(note(name, dy), saved[name])
+            dbias = None
+        else:
+            dx, dweight, dbias = layer_norm.backward(note(name, dy), saved[name])
         add(f"{name}.weight", dweight)
         add(f"{name}.bias", dbias)
         return dx
@@ -168,8 +186,11 @@ def backward(
         name = f"blocks.{i}.attn"
         dy = project(f"{name}.out", drop(f"{name}.dropout", dy))
         dy = note(f"{name}.heads", dy.reshape(B, T, -1, config.head_dim).transpose(0, 2, 1, 3))
-        dqkv = attention.backward(dy, saved[f"{name}.heads"])
-        dq, dk, dv = (part.transpose(0, 2, 1, 3).reshape(B, T, -1) for part in dqkv)
+        dq, dk, dv = attention.backward(dy, saved[f"{name}.heads"])
+        if config.position == "rope":
+            dk = rope.backward(note(f"{name}.key.rope", dk), saved[f"{name}.key.rope"])
+            dq = rope.backward(note(f"{name}.query.rope", dq), saved[f"{name}.query.rope"])
+        dq, dk, dv = (part.transpose(0, 2, 1, 3).reshape(B, T, -1) for part in (dq, dk, dv))
         dx = project(f"{name}.value", dv)
         dx += project(f"{name}.key", dk)
         dx += project(f"{name}.query", dq)
@@ -178,6 +199,11 @@ def backward(
     def feed_forward(i: int, dy: np.ndarray) -> np.ndarray:
         name = f"blocks.{i}.mlp"
         dy = project(f"{name}.down", drop(f"{name}.dropout", dy))
+        if config.mlp == "swiglu":
+            dgate, dup = swiglu.backward(note(f"{name}.act", dy), saved[f"{name}.act"])
+            dx = project(f"{name}.up", dup)
+            dx += project(f"{name}.gate", dgate)
+            return dx
         return project(f"{name}.up", gelu.backward(note(f"{name}.act", dy), saved[f"{name}.act"]))
 
     dx = norm("final_norm", project("head", dlogits, "tok_emb.weight" if config.tie_embeddings else "head.weight"))
@@ -189,8 +215,10 @@ def backward(
         dx += norm(f"blocks.{i}.norm2", feed_forward(i, dx))
         note(f"blocks.{i}.shortcut1", dx)
         dx += norm(f"blocks.{i}.norm1", attend(i, dx))
-    dx = note("emb", drop("emb.dropout", dx))
-    embed("pos_emb", dx.sum(axis=0))
+    dx = drop("emb.dropout", dx)
+    if config.position == "learned":
+        dx = note("emb", dx)
+        embed("pos_emb", dx.sum(axis=0))
     embed("tok_emb", dx)
     return grads
 

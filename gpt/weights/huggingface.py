@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 
 from gpt import tokenizers
 from gpt.errors import UserError
-from gpt.weights.names import FORMATS, from_ours, to_ours
+from gpt.weights.families import FAMILIES, family_of
+from gpt.weights.names import from_ours, to_ours
 from gpt.weights.native import SavedModel, flush
 from gpt.weights.tensors import Stored, read_pickle, read_safetensors, read_sharded, write_safetensors
 from reference.config import GPTConfig
@@ -24,20 +24,23 @@ __all__ = ["read_folder", "read_tensors", "save_folder"]
 CONFIG, INDEX = "config.json", ".index.json"
 TOKENIZER = "twingrad.json"  # beside their files: the spec of a tokenizer that they have no form for
 SHARD_SIZE = 5 * 10**9  # bytes; what is larger is written in several files
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # older files carry the causal mask, which is no parameter
 
 
 def read_folder(folder: Path) -> SavedModel:
     """A model's folder, or the folder of a file of weights. Raises UserError with what does not fit, and where."""
     settings = _read_json(folder / CONFIG)
-    config = _config(settings, folder / CONFIG)
+    try:
+        family = family_of(settings)
+        config = family.config(settings)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
     theirs, file = read_tensors(folder)
-    theirs = {name.removeprefix("transformer."): tensor for name, tensor in theirs.items()}
-    theirs = {name: tensor for name, tensor in theirs.items() if not MASKS.fullmatch(name)}
+    theirs = {name.removeprefix(family.prefix): tensor for name, tensor in theirs.items()}
+    if family.no_parameters:
+        theirs = {name: tensor for name, tensor in theirs.items() if not family.no_parameters.fullmatch(name)}
     if config.tie_embeddings:
         theirs.pop("lm_head.weight", None)  # a copy of the embedding
-    params = to_ours(FORMATS["huggingface-gpt2"], config, theirs, str(file))
+    params = to_ours(family.format, config, theirs, str(file))
     return SavedModel(params, config, _tokenizer(folder, config))
 
 
@@ -59,17 +62,23 @@ def read_tensors(folder: Path) -> tuple[dict[str, Stored], Path]:
 
 
 def save_folder(folder: str | Path, model: SavedModel, shard_size: int = SHARD_SIZE) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel loads. Raises UserError for a model that is no GPT-2 to it.
+    """Write a folder that transformers loads, as a GPT-2 or a Llama. Raises UserError for a model that is neither.
 
     A bias that this model lacks and theirs has is written as zeros, which changes nothing.
     """
     folder, part = Path(folder), Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.tmp")
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise UserError(f"{folder}: exists, and is not an empty folder; nothing was written")
-    config = model.config.replace(qkv_bias=True, bias=True)
-    settings = _settings(config)
-    theirs = from_ours(FORMATS["huggingface-gpt2"], config, _with_biases(model.params, config))
-    theirs = {name if name.startswith("lm_head") else f"transformer.{name}": tensor for name, tensor in theirs.items()}
+    family = FAMILIES["llama" if model.config.position == "rope" else "gpt2"]
+    config = model.config
+    if family is FAMILIES["gpt2"] or config.qkv_bias != config.bias:
+        config = config.replace(qkv_bias=True, bias=True)
+    try:
+        settings = {"architectures": [family.architecture], **family.settings(config)}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    theirs = from_ours(family.format, config, _with_biases(model.params, config))
+    theirs = {name if name.startswith("lm_head") else family.prefix + name: t for name, t in theirs.items()}
     settings["dtype"] = next(iter(theirs.values())).dtype.name
     try:
         part.mkdir(parents=True)
@@ -90,71 +99,6 @@ def save_folder(folder: str | Path, model: SavedModel, shard_size: int = SHARD_S
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
-    """Their config.json as ours. Raises UserError naming what this project has no model for."""
-    kind = settings.get("model_type")
-    if kind != "gpt2":
-        raise UserError(f"{path}: model_type {kind!r}, expected gpt2")
-    for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
-        if settings.get(name):
-            raise UserError(f"{path}: {name} is set, which no model here has")
-    if not settings.get("scale_attn_weights", True):
-        raise UserError(f"{path}: scale_attn_weights is off, which no model here has")
-    activation = settings.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise UserError(f"{path}: activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    try:
-        return GPTConfig(
-            vocab_size=settings.get("vocab_size", 50257),
-            context_length=settings.get("n_positions", 1024),
-            emb_dim=settings.get("n_embd", 768),
-            n_layers=settings.get("n_layer", 12),
-            n_heads=settings.get("n_head", 12),
-            mlp_dim=settings.get("n_inner") or 0,
-            norm_eps=settings.get("layer_norm_epsilon", 1e-5),
-            mlp=ACTIVATIONS[activation],
-            qkv_bias=True,
-            tie_embeddings=settings.get("tie_word_embeddings", True),
-            emb_dropout=settings.get("embd_pdrop", 0.1),
-            shortcut_dropout=settings.get("resid_pdrop", 0.1),
-            attn_dropout=settings.get("attn_pdrop", 0.1),
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _settings(config: GPTConfig) -> dict[str, Any]:
-    """Our config as theirs, `_config` reversed. Raises UserError naming what GPT2LMHeadModel cannot be."""
-    for name, wanted in (
-        ("head_dim", config.emb_dim // config.n_heads),
-        ("n_kv_heads", config.n_heads),
-        ("head_bias", False),
-    ):
-        if getattr(config, name) != wanted:
-            raise UserError(
-                f"{name}: {getattr(config, name)}, but Hugging Face's GPT-2 has {wanted}: it cannot be this model"
-            )
-    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.mlp]
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_embd": config.emb_dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "n_inner": config.mlp_dim,
-        "activation_function": activation,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "embd_pdrop": config.emb_dropout,
-        "resid_pdrop": config.shortcut_dropout,
-        "attn_pdrop": config.attn_dropout,
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
-    }
 
 
 def _with_biases(params: Mapping[str, Any], config: GPTConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt.errors import UserError
 from gpt.weights.tensors import Stored
+from reference import rope
 from reference.config import GPTConfig
 
 __all__ = ["FORMATS", "Format", "Row", "check_layers", "from_ours", "to_ours"]
@@ -23,6 +24,7 @@ class Row(NamedTuple):
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False  # matrices only
+    halves: bool = False  # each head's rows are in the order of rope by halves, also where ours are interleaved
 
 
 class Format(NamedTuple):
@@ -66,8 +68,31 @@ def _openai_gpt2(config: GPTConfig) -> list[Row]:
     return renamed
 
 
+def _huggingface_llama(config: GPTConfig) -> list[Row]:
+    rows = [Row("model.embed_tokens.weight", ("tok_emb.weight",)), Row("model.norm.weight", ("final_norm.weight",))]
+    for i in range(config.n_layers):
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        rows += [
+            Row(f"{theirs}.input_layernorm.weight", (f"{ours}.norm1.weight",)),
+            Row(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.norm2.weight",)),
+        ]
+        for kind in ("weight", "bias"):
+            rows += [
+                Row(f"{theirs}.self_attn.q_proj.{kind}", (f"{ours}.attn.query.{kind}",), halves=True),
+                Row(f"{theirs}.self_attn.k_proj.{kind}", (f"{ours}.attn.key.{kind}",), halves=True),
+                Row(f"{theirs}.self_attn.v_proj.{kind}", (f"{ours}.attn.value.{kind}",)),
+                Row(f"{theirs}.self_attn.o_proj.{kind}", (f"{ours}.attn.out.{kind}",)),
+                *(Row(f"{theirs}.mlp.{part}_proj.{kind}", (f"{ours}.mlp.{part}.{kind}",)) for part in MLP),
+            ]
+    if not config.tie_embeddings:
+        rows.append(Row("lm_head.weight", ("head.weight",)))
+    return rows
+
+
+MLP = ("gate", "up", "down")
 FORMATS = {
     "huggingface-gpt2": Format("huggingface-gpt2", _huggingface_gpt2),
+    "huggingface-llama": Format("huggingface-llama", _huggingface_llama),
     "openai-gpt2": Format("openai-gpt2", _openai_gpt2, leading=True),
 }
 
@@ -99,7 +124,7 @@ def to_ours(format: Format, config: GPTConfig, theirs: Mapping[str, Stored], pla
             )
         start = 0
         for name, shape in zip(row.ours, parts, strict=True):
-            ours[name] = _part(row, tensor, start, shape)
+            ours[name] = _part(row, config, tensor, start, shape)
             start += shape[0]
     return {name: ours[name] for name in shapes}
 
@@ -115,12 +140,16 @@ def from_ours(format: Format, config: GPTConfig, params: Mapping[str, Any]) -> d
     shapes = config.parameter_shapes()
     theirs = {}
     for row in format.rows(config):
+        if row.ours[0] not in shapes:
+            continue
         parts = [shapes[name] for name in row.ours]
         dtype = np.dtype(params[row.ours[0]].dtype)
 
         def read(row: Row = row, shape: tuple[int, ...] = _their_shape(format, row, parts)) -> np.ndarray:
             arrays = [np.asarray(params[name]) for name in row.ours]
             joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+            if row.halves and config.rope_interleaved:
+                joined = _in_heads(joined, np.argsort(rope.interleave(config.head_dim)))
             return (joined.T if row.transposed else joined).reshape(shape)
 
         theirs[row.theirs] = Stored(_their_shape(format, row, parts), dtype, dtype.name, read)
@@ -134,13 +163,21 @@ def _their_shape(format: Format, row: Row, parts: list[tuple[int, ...]]) -> tupl
     return shape
 
 
-def _part(row: Row, tensor: Stored, start: int, shape: tuple[int, ...]) -> Stored:
+def _part(row: Row, config: GPTConfig, tensor: Stored, start: int, shape: tuple[int, ...]) -> Stored:
     def read() -> np.ndarray:
         array = np.asarray(tensor)
         array = array.reshape(array.shape[-len(shape) :])  # without a leading axis
-        return (array.T if row.transposed else array)[start : start + shape[0]]
+        array = (array.T if row.transposed else array)[start : start + shape[0]]
+        if row.halves and config.rope_interleaved:
+            array = _in_heads(array, rope.interleave(config.head_dim))
+        return array
 
     return Stored(shape, tensor.dtype, tensor.kind, read)
+
+
+def _in_heads(array: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows (H D, ...) with each head's D in this order."""
+    return array.reshape(-1, len(order), *array.shape[1:])[:, order].reshape(array.shape)
 
 
 def _listed(names: list[str], most: int = 20) -> str:

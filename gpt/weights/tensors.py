@@ -27,6 +27,7 @@ DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
+KINDS = sorted(set(DTYPES.values()))
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,12 @@ def read_pickle(path: Path) -> dict[str, Stored]:
 
     def stored(tensor: Any) -> Stored:
         wide = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
-        kind = str(tensor.dtype).removeprefix("torch.")
-        dtype = np.dtype(str(wide).removeprefix("torch."))
-        return Stored(tuple(tensor.shape), dtype, kind, lambda: tensor.to(wide).numpy())
+        kind, dtype = (str(of).removeprefix("torch.") for of in (tensor.dtype, wide))
+        if dtype not in DTYPES.values():
+            raise UserError(f"{path}: a tensor of the type {kind}, expected one of bfloat16, {', '.join(KINDS)}")
+        return Stored(tuple(tensor.shape), np.dtype(dtype), kind, lambda: tensor.to(wide).numpy())
 
-    try:
-        return {str(name): stored(tensor) for name, tensor in loaded.items()}
-    except TypeError as error:
-        raise UserError(f"{path}: {error}") from None
+    return {str(name): stored(tensor) for name, tensor in loaded.items()}
 
 
 def read_sharded(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:

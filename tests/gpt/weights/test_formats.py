@@ -332,7 +332,7 @@ def test_a_config_of_another_family_is_refused(hub_folder, tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     shutil.copy(folder / "model.safetensors", tmp_path)
     for changes, message in (
-        ({"model_type": "bert"}, "model_type 'bert', expected gpt2"),
+        ({"model_type": "bert"}, "model_type 'bert', expected one of gpt2, llama"),
         ({"activation_function": "relu"}, "activation_function 'relu' is not one of"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"n_head": 5}, "n_heads: 5 does not divide"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.weights.huggingface import _settings
+from gpt.weights.families import FAMILIES
 from gpt.weights.names import FORMATS, from_ours
 from reference.config import PRESETS, GPTConfig
 
@@ -56,7 +56,7 @@ def write_folder(folder, config):
         file.write(struct.pack("<Q", len(text)) + text)
         for start in range(0, end, len(piece)):
             file.write(piece[: end - start])
-    (folder / "config.json").write_text(json.dumps(_settings(config)))
+    (folder / "config.json").write_text(json.dumps(FAMILIES["gpt2"].settings(config)))
     assert end == 4 * sum(map(prod, config.parameter_shapes().values()))
     return end
 
