@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
         return self.operators.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+NORMS: dict[str, type[LayerNorm | RMSNorm]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 
 class Attention(nn.Module):
@@ -101,17 +101,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gate: Linear | None
+
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
-        if config.mlp == "swiglu":
-            self.gate = Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
+        gated = config.mlp == "swiglu"
+        self.gate = Linear(config.emb_dim, config.mlp_dim, bias=config.bias) if gated else None
         self.up = Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
         self.down = Linear(config.mlp_dim, config.emb_dim, bias=config.bias)
         self.activation, self.operators, self.layer = config.mlp, operators, layer
 
     def forward(self, x: torch.Tensor, trace: Any = _no_trace) -> torch.Tensor:
         name = f"blocks.{self.layer}.mlp"
-        if self.activation == "swiglu":
+        if self.gate is not None:
             gate = self.gate(x)
             trace(f"{name}.gate", gate)
             x = self.up(x)

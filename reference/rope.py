@@ -47,7 +47,7 @@ def frequencies(D: int, theta: float = 10000.0, scaling: Scaling | None = None) 
 
 
 def angles(
-    positions: np.ndarray, D: int, theta: float = 10000.0, scaling: Scaling | None = None, dtype: str = "float32"
+    positions: np.ndarray, D: int, theta: float = 10000.0, scaling: Scaling | None = None, dtype: Any = "float32"
 ) -> tuple[np.ndarray, np.ndarray]:
     """positions (..., T) -> cos and sin of the angles of each pair, both (..., T, D / 2). Computed in float64."""
     turns = positions[..., None] * frequencies(D, theta, scaling)

@@ -20,12 +20,14 @@ from reference import cross_entropy, model
 from reference.config import GPTConfig
 from reference.gradcheck import numeric_gradient
 from reference.philox import PhiloxNoise
+from reference.rope import Scaling
 
 KEY_BIAS = "attn.key.bias"
 KEY_BIAS_NOTE = "true gradient 0, measured against its weight's"
 LOCKSTEP = {"float64": 1e-12, "float32": 1e-6}  # the loss, at every step
 
-# Between them: tied and untied, grouped heads and not, every bias on and off, both activations, dropout at all places.
+# Between them: tied and untied, grouped heads and not, every bias on and off, all activations, norms and positions,
+# dropout at all places.
 CONFIGS: dict[str, GPTConfig] = {
     "tied": GPTConfig(
         vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=3, head_dim=7, mlp_dim=33, qkv_bias=True,
@@ -35,6 +37,11 @@ CONFIGS: dict[str, GPTConfig] = {
         vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=7, mlp_dim=33,
         norm_eps=1e-3, mlp="gelu", qkv_bias=True, head_bias=True,
         emb_dropout=0.1, shortcut_dropout=0.15, attn_dropout=0.2,
+    ),
+    "llama": GPTConfig(
+        vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, mlp_dim=33,
+        norm="rms_norm", norm_eps=1e-3, mlp="swiglu", position="rope", rope_theta=100.0, rope_interleaved=True,
+        rope_scaling=Scaling(4.0, 1.0, 4.0, 8), bias=False, emb_dropout=0.1, shortcut_dropout=0.15, attn_dropout=0.2,
     ),
     "no-bias": GPTConfig(
         vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=3, mlp_dim=33, head_dim=7, bias=False,

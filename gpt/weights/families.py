@@ -122,13 +122,13 @@ def _llama_config(settings: Settings) -> GPTConfig:
         if missing:
             raise ValueError(f"rope_scaling: expected a number as {missing[0]}")
         scaling = Scaling(**{ours: rope[theirs] for theirs, ours in SCALING.items()})
-    heads = settings.get("num_attention_heads", 32)
+    theta: Any = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
     return GPTConfig(
         vocab_size=settings.get("vocab_size", 32000),
         context_length=settings.get("max_position_embeddings", 2048),
         emb_dim=settings.get("hidden_size", 4096),
         n_layers=settings.get("num_hidden_layers", 32),
-        n_heads=heads,
+        n_heads=settings.get("num_attention_heads", 32),
         n_kv_heads=settings.get("num_key_value_heads") or 0,
         head_dim=settings.get("head_dim") or 0,
         mlp_dim=settings.get("intermediate_size", 11008),
@@ -136,7 +136,7 @@ def _llama_config(settings: Settings) -> GPTConfig:
         norm_eps=settings.get("rms_norm_eps", 1e-6),
         mlp="swiglu",
         position="rope",
-        rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
+        rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=attention_bias,
         bias=mlp_bias,

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt.errors import UserError
 from gpt.train.checkpoint import find_checkpoint
-from gpt.weights import huggingface, native, openai, registry
+from gpt.weights import huggingface, llama2_c, native, openai, registry
 from gpt.weights.native import SavedModel
 from gpt.weights.tensors import Stored, read_pickle, read_safetensors
 
@@ -18,6 +18,7 @@ __all__ = ["find", "load", "tensors"]
 
 MODEL = "model.safetensors"
 CONVERTED = "twingrad.safetensors"
+PICKLES = (".bin", ".pt", ".pth")
 
 
 def load(source: str | Path) -> SavedModel:
@@ -60,7 +61,7 @@ def tensors(source: str | Path) -> dict[str, Stored]:
     path = _model_file(find(source))
     if path.is_dir():
         return openai.read_variables(path) if openai.is_checkpoint(path) else huggingface.read_tensors(path)[0]
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in PICKLES:
         return read_pickle(path)
     return read_safetensors(path)[0]
 
@@ -73,9 +74,10 @@ def _read(path: Path) -> SavedModel:
         if (path / huggingface.CONFIG).exists():
             return huggingface.read_folder(path)
         raise UserError(f"{path}: holds no model: no {MODEL}, no {huggingface.CONFIG}, no {openai.HPARAMS}")
-    if (path.parent / huggingface.CONFIG).exists() and "twingrad" not in _metadata(path):
+    pickled = path.suffix in PICKLES
+    if (path.parent / huggingface.CONFIG).exists() and (pickled or "twingrad" not in read_safetensors(path)[1]):
         return huggingface.read_folder(path.parent)
-    return native.read_model(path)
+    return llama2_c.read_checkpoint(path) if pickled else native.read_model(path)
 
 
 def _model_file(path: Path) -> Path:
@@ -85,10 +87,6 @@ def _model_file(path: Path) -> Path:
     if not (path / MODEL).exists():
         path = find_checkpoint(path, "best") or find_checkpoint(path, "last") or path
     return path / MODEL if (path / MODEL).exists() else path
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    return {} if path.suffix in (".bin", ".pt", ".pth") else read_safetensors(path)[1]
 
 
 def _watched(path: Path, name: str, array: Stored) -> Stored:

@@ -89,10 +89,33 @@ def _huggingface_llama(config: GPTConfig) -> list[Row]:
     return rows
 
 
+def _llama2_c(config: GPTConfig) -> list[Row]:
+    """Of Meta's code and Karpathy's llama2.c; their rope turns interleaved pairs, as ours then does."""
+    rows = [Row("tok_embeddings.weight", ("tok_emb.weight",)), Row("norm.weight", ("final_norm.weight",))]
+    for i in range(config.n_layers):
+        theirs, ours = f"layers.{i}", f"blocks.{i}"
+        rows += [
+            Row(f"{theirs}.attention_norm.weight", (f"{ours}.norm1.weight",)),
+            Row(f"{theirs}.ffn_norm.weight", (f"{ours}.norm2.weight",)),
+        ]
+        for kind in ("weight", "bias"):
+            attention = zip("qkvo", ("query", "key", "value", "out"), strict=True)
+            rows += [
+                Row(f"{theirs}.attention.w{letter}.{kind}", (f"{ours}.attn.{part}.{kind}",))
+                for letter, part in attention
+            ]
+            numbered = zip("132", MLP, strict=True)
+            rows += [Row(f"{theirs}.feed_forward.w{n}.{kind}", (f"{ours}.mlp.{part}.{kind}",)) for n, part in numbered]
+    if not config.tie_embeddings:
+        rows.append(Row("output.weight", ("head.weight",)))
+    return rows
+
+
 MLP = ("gate", "up", "down")
 FORMATS = {
     "huggingface-gpt2": Format("huggingface-gpt2", _huggingface_gpt2),
     "huggingface-llama": Format("huggingface-llama", _huggingface_llama),
+    "llama2.c": Format("llama2.c", _llama2_c),
     "openai-gpt2": Format("openai-gpt2", _openai_gpt2, leading=True),
 }
 

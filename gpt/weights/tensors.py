@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ import numpy as np
 
 from gpt.errors import UserError, require
 
-__all__ = ["Stored", "read_pickle", "read_safetensors", "read_sharded", "write_safetensors"]
+__all__ = [
+    "Stored",
+    "read_pickle",
+    "read_safetensors",
+    "read_sharded",
+    "stored_tensors",
+    "unpickled",
+    "write_safetensors",
+]
 
 PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a bare pickle; the zip archive that torch.save writes
 # safetensors' names of types -> NumPy's. bfloat16 is the first half of a float32, and read as that.
@@ -119,22 +127,39 @@ def read_pickle(path: Path) -> dict[str, Stored]:
 
     Raises UserError where PyTorch is not installed, and for a file that is missing, broken, or more than tensors.
     """
+    loaded = unpickled(path)
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected a state_dict, tensors by name, got {type(loaded).__name__}")
+    return stored_tensors(path, loaded)
+
+
+def unpickled(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
+    """What torch.save wrote, if that is tensors, numbers, texts and containers of these. Errors as in `read_pickle`.
+
+    `stand_ins`: for classes by their full names, such as "__main__.ModelArgs", the classes to make instances of.
+    """
     torch = require("torch", extra="torch")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(list(stand_ins)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: refused, for it is broken or asks for more than tensors: {why}") from None
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))  # not its advice, which is to run the code
+        why = f": it wants {wanted[1]}" if wanted else ""
+        raise UserError(f"{path}: refused, for it is broken or a pickle that asks for more than tensors{why}") from None
     except Exception as error:  # PyTorch documents none of what a damaged file raises
-        raise UserError(
-            f"{path}: not a file of tensors: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"{path}: expected a state_dict, tensors by name, got {type(loaded).__name__}")
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a file of tensors: {why}") from None
+
+
+def stored_tensors(path: Path, loaded: Mapping[Any, Any]) -> dict[str, Stored]:
+    """PyTorch's tensors by name. Raises UserError for what is none, or of a type that NumPy has not."""
+    torch = require("torch", extra="torch")
 
     def stored(tensor: Any) -> Stored:
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: expected a state_dict, tensors by name, got a {type(tensor).__name__} in it")
         wide = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
         kind, dtype = (str(of).removeprefix("torch.") for of in (tensor.dtype, wide))
         if dtype not in DTYPES.values():

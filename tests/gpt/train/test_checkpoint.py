@@ -216,7 +216,7 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     (tmp_path / "model.pt").write_bytes(pickle.dumps(Malicious()))
     (tmp_path / "model.pth").write_bytes(b"PK\x03\x04 and a pickle in a zip archive")
     for name in ("model.pt", "model.pth"):
-        with pytest.raises(UserError, match=r"a pickle, .*expected a .safetensors file"):
+        with pytest.raises(UserError, match=r"(refused, for it is broken or a pickle|not a file of tensors)"):
             load(tmp_path / name)
 
 

@@ -186,7 +186,9 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
     (tmp_path / "bare.bin").write_bytes(pickle.dumps({"a": Malicious()}))
     torch.save({"a": torch.zeros(2), "b": Malicious()}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     for name in ("zip.bin", "bare.bin", "old.bin"):
-        with pytest.raises(UserError, match=rf"{name}: refused, for it is broken or asks for more than tensors"):
+        with pytest.raises(
+            UserError, match=rf"{name}: refused, for it is broken or a pickle that asks for more than tensors"
+        ):
             read_pickle(tmp_path / name)
     with pytest.raises(UserError, match=r"zip.bin: a pickle, which may run any code"):
         read_safetensors(tmp_path / "zip.bin")

@@ -192,3 +192,85 @@ def test_what_no_model_here_is_is_refused(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps({**settings, **changes}))
     with pytest.raises(UserError, match=message):
         load(tmp_path)
+
+
+# Checkpoints of training code, with pickled settings.
+
+
+class ModelArgs:
+    """The settings object of a training script, which is pickled by its name."""
+
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+
+
+class Evil:
+    def __reduce__(self):
+        return pytest.fail, ("the pickle was run",)
+
+
+def training_checkpoint(config, params, **others):
+    theirs = from_ours(FORMATS["llama2.c"], config, params)
+    state = {f"_orig_mod.{name}": torch.from_numpy(np.array(tensor)) for name, tensor in theirs.items()}
+    state["_orig_mod.freqs_cos"] = torch.zeros(3)
+    settings = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64, "norm_eps": 1e-3}
+    return {"model": state, "model_args": settings, "iter_num": 7, "best_val_loss": torch.tensor(1.5), **others}
+
+
+@pytest.fixture
+def course():
+    config = GPTConfig(
+        97, 64, 24, 2, 4, n_kv_heads=2, mlp_dim=20, norm="rms_norm", norm_eps=1e-3, mlp="swiglu", position="rope",
+        rope_interleaved=True, bias=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(5)
+    shapes = config.parameter_shapes()
+    return config, {name: rng.normal(0.1, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("settings", ["mapping", "object"])
+def test_a_training_checkpoint_is_read_and_has_transformers_logits_in_its_format(tmp_path, course, settings):
+    config, params = course
+    content = training_checkpoint(config, params)
+    if settings == "object":
+        content["config"] = ModelArgs(**content.pop("model_args"))
+    torch.save(content, tmp_path / "best.pt")
+    saved = load(tmp_path / "best.pt")
+    assert saved.config == config
+    for name, array in params.items():
+        np.testing.assert_array_equal(saved.params[name], array, err_msg=name)
+    save_folder(tmp_path / "out", saved)
+    assert_same_logits(saved, transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval())
+
+
+def test_a_tied_head_is_known_by_its_numbers(tmp_path, course):
+    config, params = course
+    content = training_checkpoint(config, {**params, "head.weight": params["tok_emb.weight"]})
+    torch.save(content, tmp_path / "best.pt")
+    assert load(tmp_path / "best.pt").config == config.replace(tie_embeddings=True)
+
+
+def test_a_malicious_or_foreign_object_is_refused(tmp_path, course):
+    content = training_checkpoint(*course)
+    for name, other in (("evil", Evil()), ("foreign", Scaling(2.0))):
+        torch.save({**content, "config": other}, tmp_path / f"{name}.pt")
+        with pytest.raises(
+            UserError, match=rf"{name}.pt: refused, for it is broken or a pickle that asks for more than tensors"
+        ):
+            load(tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_args": {}}, "lacks 'n_heads'"),
+        ({"model_args": {"n_heads": 0}}, "division"),
+        ({"model_args": {"n_heads": 4, "n_layers": 3, "max_seq_len": 8}}, "lacks layers.2.attention_norm.weight"),
+        ({"model_args": None, "model": 3}, "not a model of its own"),
+        ({"model": {}}, "lacks 'tok_embeddings.weight'"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, course, changes, message):
+    torch.save({**training_checkpoint(*course), **changes}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "best.pt")
