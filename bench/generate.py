@@ -1,7 +1,7 @@
-"""Generating with GPT-2 124M on this CPU: both engines with their cache, NumPy without, and transformers' `generate`.
+"""Generating with GPT-2 124M and a Llama of that size on this CPU, by both engines and by transformers' `generate`.
 
-The weights are random, and the same for all: to speed, numbers are alike. Each has a process of its own; they take
-turns, and ratios are taken round by round.
+The NumPy engine also does without its cache. The weights are random, and the same for all: to speed, numbers are alike.
+Each has a process of its own; they take turns, and ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from bench.process import Worker
 from gpt.errors import require
 from reference.config import PRESETS
 
-NAME, ROUNDS = "generate", 7
-PRESET, PROMPT, TOKENS = "gpt2-small", 32, 200
+CASES = {"generate": "gpt2-small", "generate-llama": "course-llama"}
+ROUNDS, PROMPT, TOKENS = 7, 32, 200
 WRITERS = ("numpy", "torch", "transformers", "numpy uncached")
 # Of tokens a second: who is measured against whom, and how many times as many at least.
 TARGETS = (
@@ -29,7 +29,7 @@ TARGETS = (
 )
 
 
-def measure(rounds: int, preset: str = PRESET, tokens: int = TOKENS) -> dict[str, Any]:
+def measure(preset: str, rounds: int, tokens: int = TOKENS) -> dict[str, Any]:
     """Tokens a second, ratios, peak memory in bytes; the slow one without a cache takes every third round."""
     require("transformers", extra="bench")
     settings = {"work": "generate", "prompt": PROMPT, "tokens": tokens}
@@ -70,7 +70,7 @@ def measure(rounds: int, preset: str = PRESET, tokens: int = TOKENS) -> dict[str
 
 def show(measured: dict[str, Any]) -> None:
     """Print what `measure` found."""
-    table = Table("generate", "tokens/s", "peak MiB")
+    table = Table(measured["preset"], "tokens/s", "peak MiB")
     for writer, figures in measured["writers"].items():
         table.add_row(writer, f"{figures['tokens_per_s']:.1f}", f"{figures['peak_bytes'] / 2**20:.0f}")
     Console(width=100).print(table)

@@ -78,9 +78,15 @@ def _transformers(
 
     with tempfile.TemporaryDirectory() as folder:
         save_folder(Path(folder) / "model", SavedModel(params, config, None))
-        model = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "model").eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
     inputs = torch.from_numpy(prompt)[None]
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     mask = torch.ones_like(inputs)
 
     def write() -> None:

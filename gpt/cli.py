@@ -61,6 +61,13 @@ def weights(argv: list[str]) -> int:
     return main(argv)
 
 
+def attention(argv: list[str]) -> None:
+    """Draw every head's attention on a text, and how it grew in training."""
+    from gpt.study.attention import AttentionConfig, show
+
+    print(*show(parse_config(AttentionConfig, argv, prog="twingrad attention")), sep="\n")
+
+
 def data(argv: list[str]) -> int:
     """List the texts that can be trained on, download them, and encode a text or a folder of texts for training."""
     from gpt.data.cli import main
@@ -89,7 +96,8 @@ def version(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    command.__name__: command for command in (check, train, generate, chat, weights, data, doctor, demo, version)
+    command.__name__: command
+    for command in (check, train, generate, chat, attention, weights, data, doctor, demo, version)
 }
 
 

@@ -28,6 +28,7 @@ from gpt.train.config import TrainConfig
 from gpt.train.log import Log, Row
 from gpt.train.progress import Progress
 from gpt.train.schedule import warmup_constant, warmup_cosine
+from gpt.weights.native import save_model
 from reference.philox import PhiloxNoise
 from reference.torch_rng import Generator, StreamNoise
 
@@ -114,6 +115,7 @@ class Trainer:
         self.progress.start(self.step, self.total_steps)
         try:
             with _Interrupt() as interrupt:
+                self._snapshot()
                 while self.step < self.total_steps and not interrupt.seen:
                     row = self._step(interrupt)
                     if row is not None:
@@ -197,6 +199,13 @@ class Trainer:
             return StreamNoise(self.generator)
         return PhiloxNoise(self.config.seed, self.step, first_example)
 
+    def _snapshot(self) -> None:
+        """Keep the parameters as they are now, if that is asked for (gpt/study/attention.py looks into them)."""
+        every = self.config.snapshot_every
+        if every and self.run_dir and self.step % every == 0:
+            path = self.run_dir / f"step-{self.step:08d}.safetensors"
+            save_model(path, self.engine.parameters(), self.engine.config, self.tokenizer)
+
     def _after_step(self, row: Row, log: Log | None) -> None:
         """Evaluation, the log, a sample, a checkpoint: in this order, so that it holds all that the step changed."""
         config = self.config
@@ -211,6 +220,7 @@ class Trainer:
         if log:
             log.write(row)
         self.progress.step(row)
+        self._snapshot()
         if self.sample and _due(config.sample_every, self.step, epoch_over):
             self.progress.line(self.sample(self.engine))
         if _due(config.save_every, self.step, epoch_over):

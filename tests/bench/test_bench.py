@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench import layers, matmul, results
+from bench import generate, layers, matmul, results
 
 pytest.importorskip("torch")
 
@@ -38,6 +38,15 @@ def test_both_engines_step_in_turns_and_the_results_say_with_what(tmp_path):
     assert set(case["engines"]) == {"numpy", "torch"}
     assert case["time_ratio"] > 0
     assert all(figures["peak_bytes"] > 50 * 2**20 for figures in case["engines"].values())
+
+
+def test_generation_is_timed_with_and_without_a_cache_and_by_transformers():
+    pytest.importorskip("transformers")
+    measured = generate.measure("bytes-llama", rounds=1, tokens=5)
+    assert set(measured["writers"]) == {"numpy", "torch", "transformers", "numpy uncached"}
+    assert all(figures["tokens_per_s"] > 0 for figures in measured["writers"].values())
+    assert all(ratio["median"] > 0 for ratio in measured["ratios"].values())
+    generate.show(measured)
 
 
 def test_each_layer_has_a_benchmark_that_runs_on_either_engine(tmp_path):

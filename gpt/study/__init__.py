@@ -1,0 +1,1 @@
+"""Looking into a model: what its numbers are, and how they came to be."""
