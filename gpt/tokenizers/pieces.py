@@ -45,16 +45,24 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes) -> None:
         self._model = bytes(model)
-        self._processor = _processor(self._model)
-        self.n_vocab: int = self._processor.vocab_size()
-        end = self._processor.eos_id()
+        library = require("sentencepiece", extra="sentencepiece")
+        if not model:  # which the library takes for a model without pieces
+            raise UserError("not a SentencePiece model: it is empty")
+        try:
+            self._processor = processor = library.SentencePieceProcessor(model_proto=self._model)
+            self.n_vocab: int = processor.vocab_size()
+            self._bytes = [self._bytes_of(id) for id in range(self.n_vocab)]
+            self._has_prefix = processor.normalize("a").startswith(SPACE)
+            self._drops_spaces = not processor.normalize("  a").startswith(2 * SPACE)
+            # The ids of "▁" written in bytes; nothing where the model has no byte fallback.
+            fallback = [processor.piece_to_id(f"<0x{value:02X}>") for value in SPACE.encode()]
+            self._space_ids = fallback if all(map(processor.is_byte, fallback)) else []
+        except (RuntimeError, ValueError):  # pieces that are not UTF-8 are ValueErrors
+            raise UserError("not a SentencePiece model, or a damaged one") from None
+        if not self.n_vocab:
+            raise UserError("not a SentencePiece model: it has no pieces")
+        end = processor.eos_id()
         self.eot: int | None = end if end >= 0 else None
-        self._has_prefix = self._processor.normalize("a").startswith(SPACE)
-        self._drops_spaces = not self._processor.normalize("  a").startswith(2 * SPACE)
-        self._bytes = [self._bytes_of(id) for id in range(self.n_vocab)]
-        # The ids of "▁" written in bytes; nothing where the model has no byte fallback.
-        fallback = [self._processor.piece_to_id(f"<0x{value:02X}>") for value in SPACE.encode()]
-        self._space_ids = fallback if all(map(self._processor.is_byte, fallback)) else []
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         utf8(text)
@@ -110,7 +118,10 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _without_prefix(self) -> Any:
-        return _processor(self._model + _NO_PREFIX) if self._has_prefix else self._processor
+        if not self._has_prefix:
+            return self._processor
+        library = require("sentencepiece", extra="sentencepiece")
+        return library.SentencePieceProcessor(model_proto=self._model + _NO_PREFIX)
 
     def _encode(self, processor: Any, text: str) -> list[int]:
         if not self._space_ids:
@@ -188,13 +199,3 @@ def _reason(message: str, vocab_size: int) -> str:
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"vocab_size: the text's characters and the bytes alone are {least[1]} pieces, got {vocab_size}"
     return f"sentencepiece: {' '.join(message.split())}"
-
-
-def _processor(model: bytes) -> Any:
-    library = require("sentencepiece", extra="sentencepiece")
-    try:
-        if not model:  # which the library takes for a model without pieces
-            raise UserError("not a SentencePiece model: it is empty")
-        return library.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise UserError("not a SentencePiece model, or a damaged one") from None
