@@ -90,13 +90,13 @@ def test_the_date_of_today():
     "messages, message",
     [
         ([], "messages: expected at least one, got none"),
-        ([USER, {"role": "usr", "content": "x"}], "message 2 is 'usr', not one of system, user, assistant; did you mean user"),
+        ([USER, {"role": "usr", "content": "x"}], "message 2 is 'usr', not one of .*; did you mean user"),
         ([{"content": "x"}], "the role of message 1 is None"),
         ([{"role": ["user"], "content": "x"}], "the role of message 1"),
         ([{"role": "user"}], "the content of message 1 is NoneType, not text"),
         (["hello"], "the role of message 1 is None"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_conversation(messages, message):
     with pytest.raises(UserError, match=message) as caught:
         render(messages, "chatml")
