@@ -14,6 +14,8 @@ from gpt.errors import UserError
 from gpt.text_stream import TextStream
 from gpt.tokenizers import END_OF_TEXT, SentencePieceTokenizer, train_pieces
 
+sentencepiece = pytest.importorskip("sentencepiece")
+
 TEXT = (
     "It was the best of times, it was the worst of times,\nit was the age of wisdom, it was the age of foolishness,\n"
     "  it was the epoch of belief,    it was 1775; été.\n\nthe winter of despair\n"
@@ -35,7 +37,6 @@ def trained():
 @pytest.fixture(scope="module")
 def library():
     """The library's own reading of a tokenizer's model."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     return lambda tokenizer: sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model())
 
 
