@@ -75,6 +75,13 @@ def data(argv: list[str]) -> int:
     return main(argv)
 
 
+def tokenizer(argv: list[str]) -> int:
+    """Train a tokenizer on a text, and show what a tokenizer makes of one."""
+    from gpt.tokenizers.cli import main
+
+    return main(argv)
+
+
 def doctor(argv: list[str]) -> int:
     """Show versions and devices, what is missing, what that costs, and how to install it."""
     from gpt.doctor import main
@@ -97,7 +104,19 @@ def version(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
-    for command in (check, train, generate, chat, attention, weights, data, doctor, demo, version)
+    for command in (
+        check,
+        train,
+        generate,
+        chat,
+        attention,
+        weights,
+        data,
+        tokenizer,
+        doctor,
+        demo,
+        version,
+    )  # fmt: skip
 }
 
 

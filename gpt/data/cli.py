@@ -32,7 +32,9 @@ def encode(argv: list[str]) -> None:
     parser = Parser(prog="twingrad data encode", description=encode.__doc__)
     parser.add_argument("source", type=Path, help="a text file or a folder")
     parser.add_argument("target", type=Path, help="the token file to write")
-    parser.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 or bytes [gpt2]")
+    parser.add_argument(
+        "--tokenizer", default="gpt2", metavar="NAME", help="gpt2, bytes, or a file .model or .json [gpt2]"
+    )
     parser.add_argument("--pattern", default="*.txt", help="which files of the folder [*.txt]")
     arguments = parser.parse_args(argv)
     if not arguments.source.exists():

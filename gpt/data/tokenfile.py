@@ -61,7 +61,8 @@ def prepare(source: Path, target: Path, tokenizer: Tokenizer, pattern: str = "*.
 
     Documents, one a file, are separated by the tokenizer's end token. Memory stays bounded whatever their size: a text
     is encoded in pieces of about 1 MiB, cut before whitespace, where no token of our tokenizers crosses. (A run of more
-    than 16 million characters without whitespace is cut inside, which may change the two tokens at the cut.)
+    than 16 million characters without whitespace is cut inside, which may change the two tokens at the cut, as any cut
+    may for a tokenizer of Hugging Face's.)
     """
     source = Path(source)
     files = _text_files(source, pattern)
@@ -183,11 +184,14 @@ def _documents(folder: Path, files: list[Path], tokenizer: Tokenizer, sources: l
 
 def _encoded(blocks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Token ids of a text that comes in blocks, piece by piece, the same as of the text encoded whole."""
-    waiting = ""
+    waiting, encode = "", tokenizer.encode
     for block in blocks:
         waiting += block
         end = _BEFORE_LAST_SPACE.match(waiting)
         cut = end.end() if end else len(waiting) if len(waiting) >= _LONGEST else 0
-        yield tokenizer.encode(waiting[:cut])
+        if cut:
+            yield encode(waiting[:cut])
+            # A tokenizer that writes the beginning of a text differently has another method for what follows.
+            encode = getattr(tokenizer, "encode_continued", tokenizer.encode)
         waiting = waiting[cut:]
-    yield tokenizer.encode(waiting)
+    yield encode(waiting)

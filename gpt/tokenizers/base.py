@@ -47,11 +47,12 @@ def checked_ids(ids: Sequence[int] | np.ndarray, n_vocab: int) -> list[int]:
     return array.tolist()
 
 
-def checked_special(allowed_special: Collection[str]) -> set[str]:
-    """allowed_special as a set; UserError if it holds anything but <|endoftext|>."""
+def checked_special(allowed_special: Collection[str], more: Collection[str] = ()) -> set[str]:
+    """allowed_special as a set; UserError if it holds anything but <|endoftext|> and the names of `more`."""
     names = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
-    if unknown := names - {END_OF_TEXT}:
-        raise UserError(f"allowed_special may hold {END_OF_TEXT!r} only, got {sorted(unknown)}")
+    if unknown := names - {END_OF_TEXT, *more}:
+        only = "and the vocabulary's special tokens only" if more else "only"
+        raise UserError(f"allowed_special may hold {END_OF_TEXT!r} {only}, got {sorted(unknown)}")
     return names
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 from gpt.tokenizers.base import END_OF_TEXT, checked_ids, checked_special, utf8
+from gpt.tokenizers.huggingface import HuggingFaceTokenizer
+from gpt.tokenizers.pieces import SentencePieceTokenizer
 
-__all__ = ["BPETokenizer", "huggingface_files", "huggingface_spec"]
+__all__ = ["BPETokenizer", "character_bytes", "huggingface_files", "huggingface_json", "huggingface_spec", "train_bpe"]
 
 # Contractions, words, numbers, anything else, each with the space before it; whitespace.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -72,44 +74,109 @@ class BPETokenizer:
             raise UserError(f"the specification of tokenizer bpe is damaged: {error!r}") from None
 
 
-def huggingface_spec(folder: Path) -> dict[str, Any] | None:
-    """The `spec()` of the byte-level BPE in a folder of Hugging Face's or OpenAI's, or None where there is none.
+def train_bpe(texts: str | Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A vocabulary of that size: the 256 bytes, the merges that the texts ask for most, and <|endoftext|> last.
 
-    UserError for one that is damaged, or of another kind.
+    The library tokenizers counts and merges; a merge never crosses the words that GPT-2's pattern cuts. UserError for a
+    size that the texts do not give.
     """
-    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (folder / vocabulary).exists() and (folder / merges).exists():
-            lines = _read(folder / merges).splitlines()
-            pairs = [line for line in lines if line and not line.startswith("#version")]
-            return _spec(folder / vocabulary, _read_json(folder / vocabulary), pairs)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not sum(len(utf8(text)) for text in texts):
+        raise UserError("there is no text to train a tokenizer on")
+    if vocab_size < 257:
+        raise UserError(f"vocab_size: expected at least 257, the bytes and {END_OF_TEXT}, got {vocab_size}")
+    library = require("tokenizers", extra="tokenizers")
+    trained = library.Tokenizer(library.models.BPE())
+    trained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=list(_characters().values()), show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    values = character_bytes()
+    vocabulary = trained.get_vocab()
+    if len(vocabulary) < vocab_size - 1:
+        raise UserError(f"vocab_size: the text gives {len(vocabulary) + 1} tokens at most, got {vocab_size}")
+    tokens = {bytes(values[character] for character in token): id for token, id in vocabulary.items()}
+    return BPETokenizer(tokens, {END_OF_TEXT: vocab_size - 1})
+
+
+def huggingface_spec(folder: Path) -> dict[str, Any] | None:
+    """The `spec()` of the tokenizer in a folder of Hugging Face's or OpenAI's, or None where there is none.
+
+    UserError for one that is damaged.
+    """
     path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
+    # Others have GPT-2's two files too, but cut words otherwise: only tokenizer.json says how.
+    settings = _read_json(path) if path.exists() else None
+    if settings is None or _is_plain(settings):
+        for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+            if (folder / vocabulary).exists() and (folder / merges).exists():
+                lines = _read(folder / merges).splitlines()
+                pairs = [line for line in lines if line and not line.startswith("#version")]
+                return _spec(folder / vocabulary, _read_json(folder / vocabulary), pairs)
+    if settings is not None:
+        return huggingface_json(path)
+    path = folder / "tokenizer.model"
+    return SentencePieceTokenizer.from_file(path).spec() if path.exists() else None
+
+
+def huggingface_json(path: Path) -> dict[str, Any]:
+    """The `spec()` of the tokenizer in a file tokenizer.json: bpe's where it is of GPT-2's kind, else huggingface's.
+
+    What ends a text is read from the files beside it. UserError for a damaged one.
+    """
     settings = _read_json(path)
+    if not _is_plain(settings):
+        try:
+            return HuggingFaceTokenizer(_read(path), _end(path.parent)).spec()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     try:
-        model, splitter = settings["model"], settings["pre_tokenizer"]
-        plain = splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"] and splitter.get("use_regex", True)
-        if model["type"] != "BPE" or not plain:
-            raise UserError(f"{path}: expected a byte-level BPE as GPT-2's, got {model['type']}, {splitter['type']}")
+        model = settings["model"]
         pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        added = {entry["content"]: entry["id"] for entry in settings.get("added_tokens", ())}
+        added = {entry["content"]: entry["id"] for entry in settings.get("added_tokens") or ()}
         return _spec(path, {**model["vocab"], **added}, pairs)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a tokenizer ({error!r})") from None
+
+
+def _is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json cuts and merges as GPT-2 does."""
+    model, splitter = settings.get("model"), settings.get("pre_tokenizer")
+    if not isinstance(model, dict) or not isinstance(splitter, dict) or settings.get("normalizer"):
+        return False
+    return (
+        model.get("type") == "BPE"
+        and not model.get("ignore_merges")
+        and splitter.get("type") == "ByteLevel"
+        and not splitter.get("add_prefix_space", True)
+        and splitter.get("use_regex", True) is True
+    )
+
+
+def _end(folder: Path) -> str | None:
+    """The name of the token that ends a text, as the files beside a tokenizer.json have it."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            token = _read_json(folder / name).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                return token
+    return None
 
 
 def _spec(path: Path, vocabulary: Mapping[str, Any], merges: Sequence[str]) -> dict[str, Any]:
     """Of a vocabulary in printable characters; what no merge makes and is no byte is special."""
     if not all(type(id) is int for id in vocabulary.values()):
         raise UserError(f"{path}: expected a whole number for each token")
-    character_bytes = {character: value for value, character in _characters().items()}
+    values = character_bytes()
     tokens: dict[bytes, int] = {}
     special = dict(vocabulary)
     made = [*_characters().values(), *("".join(pair.split(" ")) for pair in merges)]
     try:
         for token in made:
             if token in special:
-                tokens[bytes(character_bytes[character] for character in token)] = special.pop(token)
+                tokens[bytes(values[character] for character in token)] = special.pop(token)
         ids = [vocabulary[token] for token in made[256:]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: no byte-level vocabulary, {error} is not in it") from None
@@ -128,6 +195,10 @@ def huggingface_files(spec: Mapping[str, Any], context_length: int) -> dict[str,
     """File name -> text of what transformers' tokenizer of this `spec()` reads; nothing where it has none."""
     from gpt.tokenizers import from_spec
 
+    if spec.get("name") == HuggingFaceTokenizer.name:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
+        config |= {"eos_token": spec["end"]} if spec.get("end") else {}
+        return {"tokenizer.json": spec["json"], "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
     if spec.get("name") not in ("gpt2", BPETokenizer.name):
         return {}
     tokenizer = from_spec(spec)
@@ -163,6 +234,11 @@ def _characters() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in printable]
     return {value: chr(value) for value in printable} | {value: chr(256 + i) for i, value in enumerate(others)}
+
+
+def character_bytes() -> dict[str, int]:
+    """Character -> the byte that it stands for in Hugging Face's files."""
+    return {character: value for value, character in _characters().items()}
 
 
 def _read(path: Path) -> str:
