@@ -104,19 +104,7 @@ def version(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
-    for command in (
-        check,
-        train,
-        generate,
-        chat,
-        attention,
-        weights,
-        data,
-        tokenizer,
-        doctor,
-        demo,
-        version,
-    )  # fmt: skip
+    for command in (check, train, generate, chat, weights, attention, data, tokenizer, doctor, demo, version)
 }
 
 
