@@ -62,8 +62,18 @@ def _liger(name: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)(*arguments)
 
 
+def _liger_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """It turns queries and keys at once, in place: of keys there is one head here."""
+    if interleaved:
+        raise NotImplementedError("Liger turns pairs of halves alone")
+    return _liger("liger_rope", x, x[:, :1].detach(), cos[None], sin[None])[0]
+
+
 LIGER: dict[str, Function] = {
     "layer_norm": partial(_liger, "liger_layer_norm"),
+    "rms_norm": partial(_liger, "liger_rms_norm"),
+    "rope": _liger_rope,
+    "swiglu": partial(_liger, "liger_swiglu"),
     "cross_entropy": lambda logits, targets, ignore_index: _liger(
         "liger_cross_entropy", logits, targets, None, None, ignore_index
     ),

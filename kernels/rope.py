@@ -34,18 +34,16 @@ def forward(
 
     cos and sin (T, D / 2), or (B, T, D / 2) for rows at different positions, are float32 whatever x is.
     """
-    return rotate(x, cos, sin, interleaved), Saved(cos, sin, interleaved)
+    return rotate(x, cos, sin, interleaved, 1), Saved(cos, sin, interleaved)
 
 
 def backward(dy: torch.Tensor, saved: Saved) -> torch.Tensor:
     """dy (B, H, T, D) -> dx like dy."""
-    return rotate(dy, *saved, back=True)
+    return rotate(dy, *saved, -1)
 
 
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False
-) -> torch.Tensor:
-    """x turned by the angles; by their negatives, where `back`."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, sign: int) -> torch.Tensor:
+    """x turned by the angles times `sign`, which is 1 or -1."""
     if x.ndim != 4:
         raise ValueError(f"x: expected shape (B, H, T, D), got {tuple(x.shape)}")
     B, H, T, D = x.shape
@@ -61,11 +59,11 @@ def rotate(
     launch.check(x=x, cos=cos, sin=sin)
     y = torch.empty((B, T, H, D), dtype=x.dtype, device=x.device).transpose(1, 2)
     N, BLOCK = B * T * H, launch.power_of_2(half)
-    constants = {"PER_ROW": cos.ndim == 3, "INTERLEAVED": interleaved, "BACK": back}
+    constants = {"ALIGNED": aligned(x, y), "PER_ROW": cos.ndim == 3, "INTERLEAVED": interleaved}
     tile = {"HALF": int(half), "BLOCK": BLOCK, "ROWS": ENTRIES // (2 * BLOCK), "num_warps": WARPS}
     launch.launch(
         rotate_kernel, (triton.cdiv(N, tile["ROWS"]),), x, cos.contiguous(), sin.contiguous(), y,
-        *x.stride(), *y.stride()[:3], N, H, T, ALIGNED=aligned(x, y), **constants, **tile,
+        *x.stride(), *y.stride()[:3], N, H, T, sign, **constants, **tile,
     )  # fmt: skip
     return y
 
@@ -73,15 +71,15 @@ def rotate(
 # The kernel.
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T", "sign"])
 def rotate_kernel(
     x_ptr,  # (B, H, T, D)
     cos_ptr,  # (T, D / 2) or, PER_ROW, (B, T, D / 2)
     sin_ptr,  # like cos
     y_ptr,  # (B, H, T, D)
     x_b, x_h, x_t, x_d, y_b, y_h, y_t,  # strides; y's of D is 1
-    N, H, T,
-    ALIGNED: tl.constexpr, PER_ROW: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
+    N, H, T, sign,
+    ALIGNED: tl.constexpr, PER_ROW: tl.constexpr, INTERLEAVED: tl.constexpr,
     HALF: tl.constexpr, BLOCK: tl.constexpr,  # at least HALF
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -95,9 +93,7 @@ def rotate_kernel(
     inside = (n < N)[:, None] & (pairs < HALF)
     angle = tl.cast(b * T + t if PER_ROW else t, tl.int64)[:, None] * HALF + pairs
     cos = wide(tl.load(cos_ptr + angle, mask=inside, other=0))  # (ROWS, BLOCK)
-    sin = wide(tl.load(sin_ptr + angle, mask=inside, other=0))
-    if BACK:
-        sin = -sin
+    sin = wide(tl.load(sin_ptr + angle, mask=inside, other=0)) * sign
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     if INTERLEAVED:
         entries = tl.arange(0, 2 * BLOCK)[None, :]
