@@ -226,7 +226,8 @@ def add_rms_norm(rng: np.random.Generator, case: Case) -> dict[str, Any]:
 def rope(rng: np.random.Generator, case: Case, interleaved: bool = False, per_row: bool = False) -> dict[str, Any]:
     """Positions that do not begin with 0; `per_row`: in each row at another place."""
     B, _, T, D = case.size
-    positions = rng.integers(3, 40, (B, 1) if per_row else 1) + np.arange(T)
+    starts = 3 + rng.choice(40, B, replace=False)
+    positions = (starts[:, None] if per_row else starts[0]) + np.arange(T)
     cos, sin = rotary.angles(positions, D, dtype="float64")
     return {"x": values(rng, case.size, case), "cos": cos, "sin": sin, "interleaved": interleaved}
 

@@ -80,6 +80,7 @@ def test_a_compiled_function_gives_the_same(layer):
     def loss(*arguments):
         return sum(result.float().square().sum() for result in autograd._as_tuple(layer.operator(*arguments)))
 
+    torch.compiler.reset()  # of one function it would compile eight versions at most
     arguments = ARGUMENTS[layer]()
     inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
     eager = loss(*arguments)
