@@ -131,7 +131,7 @@ def odd_gate(problem: Problem) -> Iterator[Measure]:
 
 
 def pairs_turned(problem: Problem) -> Iterator[Measure]:
-    """A rotation keeps the length of each pair, and of nothing less."""
+    """A rotation keeps the length of each pair: so it shows, too, which entries are one."""
     x, y = problem.arguments["x"], problem.forward()[0]
     before, after = (np.hypot(*_pairs(array, problem.arguments["interleaved"])) for array in (x, y))
     yield "length of each pair", relative(after - before, before), EXACT
