@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+from reference import rope
 
 VOCABULARY = 50_257
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
@@ -23,6 +26,22 @@ class Normal:
 
     shape: tuple[int, ...]
     std: float = 1.0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Stands for normal numbers (B, H, T, D) that lie in memory as a projection writes them, (B, T, H, D)."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Stands for a table of angles' cosines or sines, (T, D / 2), in float32 whatever the case's type."""
+
+    T: int
+    D: int
+    part: int  # 0: the cosines, 1: the sines
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ class Case:
     """One operator at one size."""
 
     operator: str
-    arguments: tuple[Any, ...]  # all of the twin's, in order; Normal, Ids and Same stand for tensors
+    arguments: tuple[Any, ...]  # all of the twin's, in order; Normal, Heads, Turns, Ids and Same stand for tensors
     work: Mapping[str, float]  # direction -> operations or bytes: "forward" and "backward", or "both" in one call
     unit: str  # "TFLOP/s" or "GB/s"
     dtype: str = "bfloat16"
@@ -71,6 +90,9 @@ def cases(tiny: bool) -> Iterator[Case]:
     for B, H, G, D in ((2, 4, 2, 64),) if tiny else ((1, 12, 12, 64), (16, 12, 12, 64), (16, 32, 8, 128)):
         for S in (16, 32) if tiny else LENGTHS[1::2]:
             yield cached_attention(B, H, G, S, D)
+    for D in (64,) if tiny else (64, 128):
+        for interleaved in (False, True):
+            yield rotary(64 if tiny else 16_384, 128 if tiny else 4096, 16 if tiny else 2048, D, interleaved)
     for layer, settings in ROWWISE.items():
         for setting, more in settings.items():
             for dtype in ("bfloat16", "float32") if layer == "layer_norm" else ("bfloat16",):
@@ -114,10 +136,26 @@ def cached_attention(B: int, H: int, G: int, S: int, D: int) -> Case:
     )
 
 
+def rotary(tokens: int, width: int, T: int, D: int, interleaved: bool) -> Case:
+    """So many tokens in sequences of T, `width` entries of all heads together. Read: x and the tables; written: y."""
+    tables = Turns(T, D, 0), Turns(T, D, 1)
+    moved = 2 * 2 * tokens * width + 4 * T * D
+    return Case(
+        "rope",
+        (Heads((tokens // T, width // D, T, D)), *tables, interleaved),
+        {"forward": moved, "backward": moved},
+        "GB/s",
+        setting=f"D {D} {'interleaved' if interleaved else 'halves'}",
+    )
+
+
 # Layer -> setting -> what follows x among the arguments: "x" and "weight" stand for tensors.
 ROWWISE: dict[str, dict[str, tuple[Any, ...]]] = {
     "layer_norm": {"": ("weight", "weight", 1e-5)},
     "add_layer_norm": {"": ("x", "weight", "weight", 1e-5)},
+    "rms_norm": {"": ("weight", 1e-6)},
+    "add_rms_norm": {"": ("x", "weight", 1e-6)},
+    "swiglu": {"": ("x",)},
     "gelu": {"exact": ("none",), "tanh": ("tanh",)},
     "bias_gelu": {"tanh": ("weight", "tanh")},
     "dropout": {"": (0.1, (1234, 0))},
@@ -126,6 +164,9 @@ ROWWISE: dict[str, dict[str, tuple[Any, ...]]] = {
 TENSORS = {
     "layer_norm": (2, 3),  # x; y      dy, x; dx
     "add_layer_norm": (4, 4),  # x, residual; y, total      dy, dtotal, total; dx, which is dresidual too
+    "rms_norm": (2, 3),
+    "add_rms_norm": (4, 4),
+    "swiglu": (3, 5),  # gate, up; y      dy, gate, up; dgate, dup
     "gelu": (2, 3),
     "bias_gelu": (2, 3),
     "dropout": (2, 2),  # x; y      dy; dx
@@ -152,8 +193,15 @@ def build(case: Case, device: str, generator: torch.Generator) -> list[Any]:
             arguments.append(torch.randint(0, given.below, (given.n,), device=device, generator=generator))
         elif isinstance(given, Same):
             arguments.append(torch.full((given.n,), given.value, device=device))
-        elif isinstance(given, Normal):
-            tensor = torch.randn(given.shape, device=device, generator=generator).mul_(given.std)
+        elif isinstance(given, Turns):
+            table = rope.angles(np.arange(given.T), given.D)[given.part]
+            arguments.append(torch.from_numpy(table).to(device))
+        elif isinstance(given, (Normal, Heads)):
+            tensor = torch.randn(given.shape, device=device, generator=generator)
+            if isinstance(given, Normal):
+                tensor.mul_(given.std)
+            else:
+                tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
             arguments.append(tensor.to(getattr(torch, case.dtype)).requires_grad_(with_gradients))
         else:
             arguments.append(given)

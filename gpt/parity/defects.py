@@ -127,6 +127,71 @@ DEFECTS: tuple[Defect, ...] = tuple(
             "layer_norm", "dx",
         ),
         (
+            "RMS norm right only at weight 1", "rms_norm",
+            "dx = dy * weight", "dx = dy.copy()",
+            "rms_norm", "dx",
+        ),
+        (
+            "RMS norm without what it takes away along h", "rms_norm",
+            "    dx -= h * g_along_h\n", "",
+            "rms_norm", "dx",
+        ),
+        (
+            "mean square over C - 1", "rms_norm",
+            "/ x.shape[-1]  # (..., 1)", "/ max(1, x.shape[-1] - 1)",
+            "rms_norm", "dx",
+        ),
+        (
+            "RMS norm's eps outside the root", "rms_norm",
+            "np.sqrt(mean_square + eps)", "(np.sqrt(mean_square) + eps)",
+            "rms_norm", "dx",
+        ),
+        (
+            "a gradient past the RMS norm forgotten", "add_rms_norm",
+            "    dx += dtotal\n", "",
+            "add_rms_norm", "dx",
+        ),
+        (
+            "RMS norm of the branch alone", "add_rms_norm",
+            "rms_norm.forward(total,", "rms_norm.forward(x,",
+            "add_rms_norm", "dresidual",
+        ),
+        (
+            "gradient turned on instead of back", "rope",
+            "_rotated(dy, cos, -sin,", "_rotated(dy, cos, sin,",
+            "rope", "dx",
+        ),
+        (
+            "a reflection instead of a rotation", "rope",
+            "y[second] += b * cos", "y[second] -= b * cos",
+            "rope", "length of each pair",
+        ),
+        (
+            "halves taken for interleaved pairs", "rope",
+            "if interleaved else (np.s_", "if not interleaved else (np.s_",
+            "rope", "length of each pair",
+        ),
+        (
+            "all rows at the first one's positions", "rope",
+            "cos[:, None], sin[:, None]", "cos[:1, None], sin[:1, None]",
+            "rope-rows", "y",
+        ),
+        (
+            "silu's slope without its 1", "swiglu",
+            "        dgate += 1\n", "",
+            "swiglu", "dgate",
+        ),
+        (
+            "up forgotten in the gate's gradient", "swiglu",
+            "        dgate *= up\n", "",
+            "swiglu", "dgate",
+        ),
+        (
+            "up's gradient from the gate before silu", "swiglu",
+            "np.multiply(gate, s, out=dup)", "np.copyto(dup, gate)",
+            "swiglu", "dgate",
+        ),
+        (
             "two digits of GELU's constant swapped", "gelu",
             "A = 0.044715", "A = 0.044175",
             "gelu-tanh", "y",
@@ -404,6 +469,51 @@ DEFECTS: tuple[Defect, ...] = tuple(
             "a gradient past the normalization forgotten", "kernels.add_layer_norm",
             "normalize_backward(dy, dtotal, *saved)", "normalize_backward(dy, None, *saved)",
             "triton add_layer_norm", "dx",
+        ),
+        (
+            "mean square over the block", "kernels.rms_norm",
+            "tl.sum(x * x, axis=0) / C", "tl.sum(x * x, axis=0) / BLOCK",
+            "triton rms_norm", "y",
+        ),
+        (
+            "what lies along h not taken away", "kernels.rms_norm",
+            "(g - h * g_along_h)", "g",
+            "triton rms_norm", "dx",
+        ),
+        (
+            "wide rows' dweight from x instead of h", "kernels.rms_norm",
+            "dy * x * tl.load(rstd_ptr + rows, mask=rows < N, other=0)", "dy * x",
+            "triton rms_norm", "dweight",
+        ),
+        (
+            "a gradient past the kernel's RMS norm forgotten", "kernels.add_rms_norm",
+            "normalize_backward(dy, dtotal, *saved)", "normalize_backward(dy, None, *saved)",
+            "triton add_rms_norm", "dx",
+        ),
+        (
+            "the kernel's gradient turned on instead of back", "kernels.rope",
+            "rotate(dy, *saved, -1)", "rotate(dy, *saved, 1)",
+            "triton rope", "dx",
+        ),
+        (
+            "pairs of a half with itself", "kernels.rope",
+            "tl.load(x + tl.cast(HALF, tl.int64) * x_d,", "tl.load(x,",
+            "triton rope", "y",
+        ),
+        (
+            "angles of the first row for all", "kernels.rope",
+            "b * T + t if PER_ROW else t", "t",
+            "triton rope-rows", "y",
+        ),
+        (
+            "silu's slope without its share of the gate", "kernels.swiglu",
+            "(1 + (gate - silu))", "(1 - silu)",
+            "triton swiglu", "dgate",
+        ),
+        (
+            "up's gradient from the kernel's gate before silu", "kernels.swiglu",
+            "dy * silu,", "dy * gate,",
+            "triton swiglu", "dup",
         ),
         (
             "two digits of the kernel's constant swapped", "kernels.gelu",

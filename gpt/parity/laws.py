@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from reference import attention
+from reference import attention, rope
 
 if TYPE_CHECKING:
     from gpt.parity.ops import Problem
@@ -104,12 +104,55 @@ def _deviation(problem: Problem) -> np.ndarray:
     return np.sqrt(x.var(axis=-1, keepdims=True) + np.finfo(x.dtype).tiny)
 
 
+def orthogonal_to_input(problem: Problem) -> Iterator[Measure]:
+    """Without a mean, too, a stretched row does not reach y, if only eps is nothing beside its mean square: dx is
+    orthogonal to x."""
+    x = problem.arguments["x"]
+    dx = problem.replace(eps=1e-30).run()["dx"]
+    normalized = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True))
+    size = np.abs(problem.dy * problem.arguments["weight"] * normalized).sum()
+    yield "dx along x", relative((dx * x).sum(axis=-1), size), EXACT
+
+
 def odd_part(problem: Problem) -> Iterator[Measure]:
     """y(x) - y(-x) = x, and so dx(x) + dx(-x) = dy."""
     x = problem.arguments["x"]
     here, there = problem.run(), problem.replace(x=-x).run()
     yield "y(x) - y(-x)", relative(here["y"] - there["y"] - x, x), EXACT
     yield "dx(x) + dx(-x)", relative(here["dx"] + there["dx"] - problem.upstream()[0], problem.upstream()[0]), EXACT
+
+
+def odd_gate(problem: Problem) -> Iterator[Measure]:
+    """silu(g) - silu(-g) = g: y(gate) - y(-gate) = gate up, and so dgate(gate) + dgate(-gate) = dy up."""
+    gate, up, dy = problem.arguments["gate"], problem.arguments["up"], problem.upstream()[0]
+    here, there = problem.run(), problem.replace(gate=-gate).run()
+    yield "y(gate) - y(-gate)", relative(here["y"] - there["y"] - gate * up, gate * up), EXACT
+    yield "dgate(gate) + dgate(-gate)", relative(here["dgate"] + there["dgate"] - dy * up, dy * up), EXACT
+
+
+def pairs_turned(problem: Problem) -> Iterator[Measure]:
+    """A rotation keeps the length of each pair: so it shows, too, which entries are one."""
+    x, y = problem.arguments["x"], problem.forward()[0]
+    before, after = (np.hypot(*_pairs(array, problem.arguments["interleaved"])) for array in (x, y))
+    yield "length of each pair", relative(after - before, before), EXACT
+
+
+def relative_positions(problem: Problem) -> Iterator[Measure]:
+    """All positions moved on alike, the dot product of a query and a key stays: it knows their difference alone."""
+    arguments = problem.arguments
+    cos, sin, keys = arguments["cos"], arguments["sin"], arguments["x"][:, :, ::-1]
+    moved = 5 * rope.frequencies(arguments["x"].shape[-1])
+    on = {"cos": cos * np.cos(moved) - sin * np.sin(moved), "sin": sin * np.cos(moved) + cos * np.sin(moved)}
+    here, there = (
+        given.forward()[0] @ given.replace(x=keys).forward()[0].swapaxes(-1, -2)
+        for given in (problem, problem.replace(**on))
+    )
+    yield "q k, moved on", relative(there - here, here), EXACT
+
+
+def _pairs(x: np.ndarray, interleaved: bool) -> tuple[np.ndarray, np.ndarray]:
+    half = x.shape[-1] // 2
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
 def logit_shift(problem: Problem) -> Iterator[Measure]:

@@ -27,6 +27,7 @@ import numpy as np
 from gpt.errors import UserError
 from gpt.parity import laws
 from gpt.parity.subjects import REFERENCE, Subject, as_tuple
+from reference import rope as rotary
 
 Arrays = dict[str, np.ndarray]
 
@@ -212,6 +213,29 @@ def add_layer_norm(rng: np.random.Generator, case: Case, bias: bool = True) -> d
     return {"x": arguments.pop("x"), "residual": values(rng, case.size, case), **arguments}
 
 
+def rms_norm(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    """eps is large: y bends where the mean square is no more than that, and a row of one entry can be so small."""
+    return {"x": values(rng, case.size, case), "weight": weights(rng, case.size[-1]), "eps": 0.1}
+
+
+def add_rms_norm(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    arguments = rms_norm(rng, case)
+    return {"x": arguments.pop("x"), "residual": values(rng, case.size, case), **arguments}
+
+
+def rope(rng: np.random.Generator, case: Case, interleaved: bool = False, per_row: bool = False) -> dict[str, Any]:
+    """Positions that do not begin with 0; `per_row`: in each row at another place."""
+    B, _, T, D = case.size
+    starts = 3 + rng.choice(40, B, replace=False)
+    positions = (starts[:, None] if per_row else starts[0]) + np.arange(T)
+    cos, sin = rotary.angles(positions, D, dtype="float64")
+    return {"x": values(rng, case.size, case), "cos": cos, "sin": sin, "interleaved": interleaved}
+
+
+def swiglu(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    return {"gate": values(rng, case.size, case), "up": values(rng, case.size, case)}
+
+
 def gelu(rng: np.random.Generator, case: Case, approximate: str) -> dict[str, Any]:
     return {"x": values(rng, case.size, case), "approximate": approximate}
 
@@ -312,6 +336,15 @@ def _large_cached(H: int, G: int) -> tuple[Case, ...]:
     return (Case((3, H, G, 17, 300, 54)), Case((7, H, G, 1, 300, 32)), Case((1, H, G, 31, 257, 128)))
 
 
+# Heads of queries or keys, (B, H, T, D): lengths and head dimensions around block sizes.
+HEADS = (
+    *map(Case, [(5, 3, 1, 96), (3, 2, 2, 128), (1, 3, 63, 64), (2, 3, 64, 32), (1, 2, 65, 54), (1, 3, 127, 2)]),
+    *map(Case, [(3, 5, 7, 6), (2, 1, 3, 256)]),
+    Case((2, 3, 5, 14), "transposed"),
+    Case((2, 3, 5, 14), "sliced"),
+    Case((2, 3, 5, 14), scale=1e4),
+)
+LARGE_HEADS = (Case((5, 3, 63, 54)), Case((2, 3, 31, 128)))
 # More keys than queries, as when the past is kept; and more queries than keys, so that some see no key at all.
 PAST = (*_lengths(3, 3, past=4), Case((2, 3, 3, 1, 65, 32)), Case((2, 3, 3, 7, 4, 5)), Case((2, 3, 3, 65, 63, 32)))
 
@@ -319,6 +352,7 @@ ADJOINT = (laws.adjoint,)
 SHIFT, CAUSAL = (laws.adjoint, laws.key_shift), (laws.adjoint, laws.key_shift, laws.causality)
 CACHED = (laws.own_keys, laws.rows_alone)
 ORTHOGONAL = (laws.adjoint, laws.orthogonal_to_constants, laws.orthogonal_to_normalized)
+TURNS = (laws.adjoint, laws.pairs_turned, laws.relative_positions)
 QKV, XWB, XRWB = ("q", "k", "v"), ("x", "weight", "bias"), ("x", "residual", "weight", "bias")
 ODD, LOGITS = (laws.adjoint, laws.odd_part), (laws.adjoint, laws.logit_shift)
 
@@ -337,6 +371,28 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
             ("add_layer_norm-no-bias", partial(add_layer_norm, bias=False)),
         )
     ),
+    ("rms_norm", "rms_norm", rms_norm, ("x", "weight"), WIDE, LARGE_SHAPES, (laws.adjoint, laws.orthogonal_to_input)),
+    (
+        "add_rms_norm",
+        "add_rms_norm",
+        add_rms_norm,
+        ("x", "residual", "weight"),
+        SHAPES,
+        LARGE_SHAPES,
+        ADJOINT,
+        2.0,
+        ("y", "total"),
+    ),
+    *(
+        (name, "rope", draw, ("x",), HEADS, LARGE_HEADS, TURNS)
+        for name, draw in (
+            ("rope", rope),
+            ("rope-interleaved", partial(rope, interleaved=True)),
+            ("rope-rows", partial(rope, per_row=True)),
+            ("rope-interleaved-rows", partial(rope, interleaved=True, per_row=True)),
+        )
+    ),
+    ("swiglu", "swiglu", swiglu, ("gate", "up"), SHAPES, LARGE_SHAPES, (laws.adjoint, laws.odd_gate)),
     ("gelu", "gelu", partial(gelu, approximate="none"), ("x",), SHAPES, LARGE_SHAPES, ODD),
     ("gelu-tanh", "gelu", partial(gelu, approximate="tanh"), ("x",), SHAPES, LARGE_SHAPES, ODD),
     ("bias_gelu", "bias_gelu", partial(bias_gelu, approximate="none"), ("x", "bias"), BIASED, LARGE_SHAPES, ADJOINT),

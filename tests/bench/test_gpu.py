@@ -60,6 +60,9 @@ def test_operations_and_bytes_are_those_counted_by_hand():
     assert one("attention", x=512, setting="D 128 full").work["forward"] == 4 * 32 * 16 * 512 * 512 * 128
     assert one("layer_norm", x=2048, dtype="float32").work["backward"] == 3 * 4 * 2**26  # x, dy; dx
     assert one("add_layer_norm", x=2048).work["forward"] == 4 * 2 * 2**26  # x, residual; y, total
+    assert one("swiglu", x=2048).work == {"forward": 3 * 2 * 2**26, "backward": 5 * 2 * 2**26}  # gate, up; dgate, dup
+    turned = one("rope", setting="D 128 interleaved")
+    assert turned.work["forward"] == turned.work["backward"] == 2 * 2 * 2**26 + 2 * 4 * 2048 * 64  # x, y; cos, sin
     assert one("cross_entropy").work["both"] == 2 * 2 * 8192 * 50_257  # logits; dlogits
     assert one("linear_cross_entropy").work["both"] == 3 * 2 * 8192 * 50_257 * 768
     step = one("cached_attention", x=4096, setting="B 16 H 32 G 8 D 128")
@@ -73,7 +76,7 @@ def test_every_operator_is_timed_at_constant_size():
     assert {case.operator for case in every} == {case.operator for case in cases(tiny=True)}
     assert {case.operator for case in every} == {
         *("attention", "cached_attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "dropout"),
-        *("cross_entropy", "linear_cross_entropy"),
+        *("cross_entropy", "linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "swiglu"),
     }
     assert {case.x for case in every if case.operator == "attention"} == {512, 1024, 2048, 4096, 8192, 16_384}
     assert {case.x for case in every if case.operator == "gelu"} == {1024, 2048, 4096, 8192, 16_384}

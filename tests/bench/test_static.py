@@ -17,6 +17,7 @@ from bench import static
 ROOT = Path(__file__).parents[2]
 GOOD = static.Compiled(8, 128, 0, 65_536, {"HGMMA": 8}, {"16": 4, "4": 1})
 ATTENTION = static.Launch("attention", (1, 4, 4, 128, 128, 64), "bfloat16", 0, "attention.forward_kernel", "")
+TURN = static.Launch("rope", (2, 4, 128, 64), "bfloat16", 0, "rope.rotate_kernel", "")
 NORM = static.Launch("layer_norm", (64, 2048), "bfloat16", 0, "layer_norm.forward_kernel", "")
 
 
@@ -55,6 +56,8 @@ def test_real_kernels_compile_and_are_compared_with_what_they_were(tmp_path):
         (replace(ATTENTION, dtype="float32"), replace(GOOD, matrix={}), None),
         (NORM, replace(GOOD, matrix={}), None),
         (NORM, replace(GOOD, widths={"2": 16, "16": 1}), "only 33% of bytes go 16 at a time: {'2': 16, '16': 1}"),
+        (TURN, replace(GOOD, widths={"2": 16}), "only 0% of bytes go 16 at a time: {'2': 16}"),
+        (replace(TURN, size=(2, 4, 128, 54)), replace(GOOD, widths={"2": 16}), None),
         (replace(NORM, size=(64, 1001)), replace(GOOD, widths={"2": 16}), None),
         (NORM, replace(GOOD, error="OutOfResources"), "does not compile: OutOfResources"),
     ],

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from gpt import ops  # noqa: E402
 from kernels import (  # noqa: E402
     add_layer_norm,
+    add_rms_norm,
     attention,
     autograd,
     bias_gelu,
@@ -25,6 +26,9 @@ from kernels import (  # noqa: E402
     layer_norm,
     linear_cross_entropy,
     philox,
+    rms_norm,
+    rope,
+    swiglu,
 )
 from reference import philox as reference_philox  # noqa: E402
 
@@ -41,6 +45,10 @@ TARGETS = torch.tensor([[3, 0, -100, 12, 9], [4, 4, 1, -100, 2]])
 ARGUMENTS = {
     layer_norm: lambda: (draw(2, 5, 13), draw(13), draw(13), 1e-5),
     add_layer_norm: lambda: (draw(2, 5, 13), draw(5, 2, 13).transpose(0, 1), draw(13), draw(13), 1e-5),
+    rms_norm: lambda: (draw(2, 5, 13), draw(13), 1e-6),
+    add_rms_norm: lambda: (draw(2, 5, 13), draw(5, 2, 13).transpose(0, 1), draw(13), 1e-6),
+    rope: lambda: (draw(2, 4, 5, 6), draw(2, 5, 3, grad=False), draw(2, 5, 3, grad=False).flip(0), True),
+    swiglu: lambda: (draw(2, 5, 13), draw(5, 2, 13).transpose(0, 1)),
     gelu: lambda: (draw(2, 5, 13), "tanh"),
     bias_gelu: lambda: (draw(2, 5, 13), draw(13), "none"),
     dropout: lambda: (draw(2, 5, 13), 0.3, NOISE),
@@ -72,6 +80,7 @@ def test_a_compiled_function_gives_the_same(layer):
     def loss(*arguments):
         return sum(result.float().square().sum() for result in autograd._as_tuple(layer.operator(*arguments)))
 
+    torch.compiler.reset()  # of one function it would compile eight versions at most
     arguments = ARGUMENTS[layer]()
     inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
     eager = loss(*arguments)
@@ -114,6 +123,10 @@ def test_autocast_follows_pytorch(layer):
 CUDA_AUTOCAST = {
     "layer_norm": lambda dtype: torch.float32,
     "add_layer_norm": lambda dtype: torch.float32,
+    "rms_norm": lambda dtype: torch.float32,
+    "add_rms_norm": lambda dtype: torch.float32,
+    "rope": lambda dtype: dtype,
+    "swiglu": lambda dtype: dtype,
     "gelu": lambda dtype: dtype,
     "bias_gelu": lambda dtype: dtype,
     "dropout": lambda dtype: dtype,
@@ -149,19 +162,19 @@ def test_dropout_without_noise_hands_on():
         assert torch.equal(dropout.operator(x, rate, noise), x)
 
 
-@pytest.mark.parametrize("layer", [layer_norm, gelu], ids=name_of)
+@pytest.mark.parametrize("layer", [layer_norm, rms_norm, swiglu, gelu], ids=name_of)
 def test_empty_tensors(layer):
     arguments = ARGUMENTS[layer]()
     x = torch.empty(0, 13, requires_grad=True)
-    y = layer.operator(x, *arguments[1:])
+    y = layer.operator(x, *((x,) if layer is swiglu else arguments[1:]))
     y.sum().backward()
     assert y.shape == x.grad.shape == (0, 13)
 
 
-def test_add_layer_norm_of_two_types_has_the_wider_one():
+@pytest.mark.parametrize("layer, parameters", [(add_layer_norm, 2), (add_rms_norm, 1)])
+def test_a_norm_of_a_sum_of_two_types_has_the_wider_one(layer, parameters):
     x, residual = draw(3, 8), draw(3, 8, dtype=torch.bfloat16)
-    weight, bias = draw(8), draw(8)
-    y, total = add_layer_norm.operator(x, residual, weight, bias)
+    y, total = layer.operator(x, residual, *(draw(8) for _ in range(parameters)))
     assert y.dtype == total.dtype == torch.float32
     assert torch.equal(total, x + residual)
     dx, dresidual = torch.autograd.grad(y.sum() + total.square().sum(), [x, residual])
@@ -169,13 +182,13 @@ def test_add_layer_norm_of_two_types_has_the_wider_one():
     assert dresidual.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("layer, parameters", [(layer_norm, 2), (rms_norm, 1)])
 @pytest.mark.parametrize("width", [8_192, 8_193, 16_384])
-def test_wide_rows(width):
+def test_wide_rows(layer, parameters, width):
     """Wider than other tests go: the last that fit one kernel's registers, and those whose sums need another."""
-    x, weight, bias, dy = draw(5, width), draw(width), draw(width), draw(5, width, grad=False)
+    inputs, dy = [draw(5, width), *(draw(width) for _ in range(parameters))], draw(5, width, grad=False)
     ours, theirs = (
-        torch.autograd.grad(norm(x, weight, bias), [x, weight, bias], dy)
-        for norm in (layer_norm.operator, ops.layer_norm)
+        torch.autograd.grad(norm(*inputs), inputs, dy) for norm in (layer.operator, getattr(ops, name_of(layer)))
     )
     for gradient, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, expected)
@@ -197,6 +210,48 @@ def test_a_view_of_fused_projections_needs_no_copy():
     torch.testing.assert_close(attention.operator(q, k, v), ops.attention(q, k, v))
     y = attention.operator(q, k, v)
     assert y.transpose(1, 2).reshape(2, 7, 32).data_ptr() == y.data_ptr()
+
+
+def test_turned_heads_lie_in_memory_as_attention_s():
+    """Heads as a projection writes them go in without a copy, and come out, and their gradient, the same way."""
+    x = draw(2, 7, 4, 8).transpose(1, 2)
+    cos, sin = (draw(7, 4, grad=False) for _ in range(2))
+    y = rope.operator(x, cos, sin)
+    assert y.transpose(1, 2).reshape(2, 7, 32).data_ptr() == y.data_ptr()
+    assert torch.autograd.grad(y.sum(), x)[0].transpose(1, 2).is_contiguous()
+    with pytest.MonkeyPatch.context() as patch:
+        addresses = []
+        patch.setattr(launch, "launch", lambda kernel, grid, x, *rest, **options: addresses.append(x.data_ptr()))
+        rope.forward(x[:, :, 3:], cos[3:], sin[3:])
+    assert addresses == [x[:, :, 3:].data_ptr()]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_of_16_bits_are_turned_by_angles_of_32(interleaved):
+    x = draw(2, 3, 5, 64, dtype=torch.bfloat16, grad=False)
+    cos, sin = (part(torch.arange(5.0)[:, None] * torch.linspace(0.01, 1, 32)) for part in (torch.cos, torch.sin))
+    y = rope.operator(x, cos, sin, interleaved)
+    torch.testing.assert_close(y, ops.rope(x, cos, sin, interleaved), rtol=0, atol=0)
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 2, 0, 8)])
+def test_nothing_is_turned(shape):
+    x, table = torch.ones(shape, requires_grad=True), torch.ones(shape[2], 4)
+    y = rope.operator(x, table, table)
+    assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == shape
+
+
+def test_separate_operators_add_before_they_normalize():
+    x, residual, weight, bias = draw(3, 8), draw(3, 8), draw(8), draw(8)
+    for operators in (ops.TORCH, ops.choose("triton")):
+        separate = ops.separate(operators)
+        for fused, apart, rest in (
+            (operators.add_layer_norm, separate.add_layer_norm, (weight, bias, 1e-5)),
+            (operators.add_rms_norm, separate.add_rms_norm, (weight, 1e-6)),
+        ):
+            assert apart is not fused
+            torch.testing.assert_close(apart(x, residual, *rest), fused(x, residual, *rest))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 2, 0, 8)])
@@ -307,6 +362,51 @@ def test_the_fused_loss_never_holds_all_logits(monkeypatch):
             lambda: add_layer_norm.operator(torch.ones(2, 3), torch.ones(3), torch.ones(3), None),
             ValueError,
             "residual: expected shape (2, 3), got (3,)",
+        ),
+        (
+            lambda: rms_norm.operator(torch.ones(2, 16_385), torch.ones(16_385)),
+            ValueError,
+            "x: width of a row: expected at most 16384, got 16385",
+        ),
+        (
+            lambda: rms_norm.operator(torch.ones(2, 3), torch.ones(4)),
+            ValueError,
+            "weight: expected shape (3,), got (4,)",
+        ),
+        (
+            lambda: add_rms_norm.operator(torch.ones(2, 3), torch.ones(3), torch.ones(3)),
+            ValueError,
+            "residual: expected shape (2, 3), got (3,)",
+        ),
+        (
+            lambda: swiglu.operator(torch.ones(2, 3), torch.ones(2, 4)),
+            ValueError,
+            "up: expected shape (2, 3), got (2, 4)",
+        ),
+        (
+            lambda: rope.operator(torch.ones(2, 3, 4), *(torch.ones(3, 2),) * 2),
+            ValueError,
+            "x: expected shape (B, H, T, D), got (2, 3, 4)",
+        ),
+        (
+            lambda: rope.operator(torch.ones(1, 2, 3, 5), *(torch.ones(3, 2),) * 2),
+            ValueError,
+            "x: expected an even head_dim of at least 2, got 5",
+        ),
+        (
+            lambda: rope.operator(torch.ones(1, 2, 3, 258), *(torch.ones(3, 129),) * 2),
+            ValueError,
+            "x: head_dim: expected at most 256, got 258",
+        ),
+        (
+            lambda: rope.operator(torch.ones(2, 1, 3, 8), *(torch.ones(3, 8),) * 2),
+            ValueError,
+            "cos, sin: expected both (3, 4) or both (2, 3, 4), got (3, 8) and (3, 8)",
+        ),
+        (
+            lambda: rope.operator(torch.ones(2, 1, 3, 8), torch.ones(3, 4), torch.ones(2, 3, 4)),
+            ValueError,
+            "cos, sin: expected both (3, 4) or both (2, 3, 4), got (3, 4) and (2, 3, 4)",
         ),
         (lambda: dropout.operator(torch.ones(2), 1.0, NOISE), ValueError, "rate: expected 0 <= rate < 1, got 1.0"),
         (

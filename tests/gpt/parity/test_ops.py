@@ -14,6 +14,7 @@ from gpt.parity.ops import ROWS, Case, select
 EVERY_CASE = [(row, case) for row in ROWS.values() for case in row.cases + row.rounding]
 IDS = [f"{row.name} {case}" for row, case in EVERY_CASE]
 ATTENTION = [row for row in ROWS.values() if row.layer == "attention"]
+ROTARY = [row for row in ROWS.values() if row.layer == "rope"]
 CACHED = [row for row in ROWS.values() if row.layer == "cached_attention"]
 
 
@@ -24,6 +25,7 @@ def shapes(layer: str) -> set[tuple[int, ...]]:
 
 
 ROW_LAYERS = ["linear", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "dropout", "cross_entropy"]
+ROW_LAYERS += ["rms_norm", "add_rms_norm", "swiglu"]
 
 
 @pytest.mark.parametrize("layer", [*ROW_LAYERS, "linear_cross_entropy"])
@@ -66,6 +68,27 @@ def test_a_cache_is_checked_with_rows_of_all_lengths_around_blocks_and_splits(ro
         assert starts.min() == (0 if B > 1 else S - T)
         assert starts.max() == S - T
     assert any(len(set(row.problem(case).arguments["starts"].tolist())) > 3 for case in row.cases)
+
+
+@pytest.mark.parametrize("row", ROTARY, ids=lambda row: row.name)
+def test_rotary_positions_are_checked_at_the_lengths_and_head_dimensions_around_a_block(row):
+    lengths, dims = ({case.size[i] for case in row.cases} for i in (2, 3))
+    assert lengths >= {1, 2, 63, 64, 65, 127}
+    assert dims >= {2, 32, 54, 64, 96, 128}
+    assert any(dim % 4 for dim in dims), "an odd number of pairs"
+
+
+def test_rotary_positions_are_checked_in_halves_and_interleaved_and_where_rows_are_at_different_positions():
+    found = set()
+    for row in ROTARY:
+        arguments = row.problem(row.cases[0]).arguments
+        found.add((arguments["interleaved"], arguments["cos"].ndim))
+        assert (arguments["cos"] != 1).all(), "position 0 turns nothing"
+    assert found == {(False, 2), (True, 2), (False, 3), (True, 3)}
+    row = ROWS["rope-rows"]
+    for case in row.cases:
+        cos = row.problem(case).arguments["cos"]
+        assert len(cos) == 1 or (cos[0] != cos[1:]).any()
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
