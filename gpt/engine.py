@@ -20,6 +20,7 @@ Arrays = dict[str, np.ndarray]
 Noise = Callable[[int, int, tuple[int, ...], float], Any]  # (layer, site, shape, rate), see reference/philox.py
 Trace = Callable[[str, np.ndarray], None]
 IGNORE = -100  # a target that does not count
+PRECISIONS = ("full", "bfloat16", "float16")
 
 
 class Tensor(Protocol):
@@ -155,20 +156,27 @@ def create_engine(
     optimizer: OptimizerConfig | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    precision: str = "full",
+    compile: bool = False,
 ) -> Engine:
     """The engine "numpy", "torch" or "triton" holding a copy of `params`; "auto" is torch where it is installed.
 
-    "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype` is float32 or float64. `device` is for all but the
-    NumPy engine, which runs on the CPU.
+    "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype`, of parameters and gradients, is float32 or
+    float64. `precision` bfloat16 or float16 computes in that type where torch.autocast does, float16 with its gradients
+    scaled; `compile` is torch.compile. These two and `device` are not for the NumPy engine, which runs on the CPU.
     """
     if dtype not in ("float32", "float64"):
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
     if name == "auto":
         name = "torch" if importlib.util.find_spec("torch") else "numpy"
     optimizer = optimizer or OptimizerConfig()
     if name == "numpy":
         if device not in ("auto", "cpu"):
             raise UserError(f"device: the numpy engine runs on the cpu, not on {device!r}; choose --engine torch")
+        if precision != "full" or compile:
+            raise UserError("precision, compile: the numpy engine computes in its dtype, and compiles nothing")
         from gpt.numpy_engine import NumpyEngine
 
         return NumpyEngine(config, params, optimizer, dtype)
@@ -178,7 +186,7 @@ def create_engine(
         require("torch", extra="torch")
         from gpt.torch_engine import TorchEngine
 
-        return TorchEngine(config, params, optimizer, dtype, device, operators=name)
+        return TorchEngine(config, params, optimizer, dtype, device, name, precision, compile)
     raise UserError(f"engine: {name!r} is not one of numpy, torch, triton, auto")
 
 

@@ -57,7 +57,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if split < O:
         y = torch.cat([y, weight[split:] @ columns])
     y = y.t().reshape(*x.shape[:-1], O)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)  # autocast multiplies in its type, and leaves sums alone
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float = 1e-5) -> torch.Tensor:

@@ -28,6 +28,8 @@ class TorchEngine:
         dtype: str = "float32",
         device: str = "auto",
         operators: str = "auto",
+        precision: str = "full",
+        compile: bool = False,
     ) -> None:
         self.config = config
         self.device = _device(device)
@@ -43,33 +45,40 @@ class TorchEngine:
         groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}]
         if others:
             groups.append({"params": others, "weight_decay": 0.0})
+        self._lower = None if precision == "full" else getattr(torch, precision)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        self._loss = torch.compile(self.model.loss) if compile else self.model.loss
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
 
     def loss(self, batch: Batch) -> float:
         face.check_batch(batch, self.config)
-        with torch.no_grad():
-            return float(self.model.loss(*self._to_device(batch)))
+        with torch.no_grad(), self._autocast():
+            return float(self._loss(*self._to_device(batch)))
 
     def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
         face.check_batch(batch, self.config)
-        loss = self.model.loss(*self._to_device(batch), noise)
+        with self._autocast():
+            loss = self._loss(*self._to_device(batch), noise)
         if not torch.isfinite(loss):
             raise NonFiniteError(f"loss is {loss.item()}, first in {face.first_non_finite(self, batch, noise)}")
-        (loss * weight).backward()
+        self._scaler.scale(loss * weight).backward()
         return loss.item()
 
     def gradients(self) -> Arrays:
-        return {name: p.grad.cpu().numpy() for name, p in self._params.items() if p.grad is not None}
+        scale = self._scaler.get_scale()
+        grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        return {name: (grad / scale if scale != 1 else grad).cpu().numpy() for name, grad in grads.items()}
 
     def gradient_norm(self) -> float:
         grads = [p.grad for p in self._params.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item()
+        return torch.nn.utils.get_total_norm(grads).item() / self._scaler.get_scale()
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
+        self._scaler.unscale_(self._optimizer)
         grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         total = torch.nn.utils.get_total_norm(grads.values())
         norm = total.item()
-        if not np.isfinite(norm):
+        if not np.isfinite(norm) and not self._scaler.is_enabled():  # else the scale was too large: no step, and less
             wrong = [name for name, gradient in grads.items() if not torch.isfinite(gradient).all()]
             where = wrong[0] if wrong else "its sum of squares"
             raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
@@ -77,7 +86,8 @@ class TorchEngine:
             torch.nn.utils.clip_grads_with_norm_(self._params.values(), max_norm, total)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self.forget_gradients()
         return norm
 
@@ -92,15 +102,15 @@ class TorchEngine:
         last: slice | torch.Tensor = slice(-1, None)
         if counts is not None:
             last = torch.from_numpy(counts[:, None] - 1).to(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             inputs = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
             logits = self.model(inputs, positions=last, cache=cache)
         if cache is not None:
             cache.advance(tokens.shape[1] if counts is None else counts)
-        return logits[:, 0].cpu().numpy()
+        return logits[:, 0].float().cpu().numpy() if self._lower else logits[:, 0].cpu().numpy()
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
-        return Cache(self.config, rows, capacity, self.model.tok_emb.weight.dtype, self.device)
+        return Cache(self.config, rows, capacity, self._lower or self.model.tok_emb.weight.dtype, self.device)
 
     def parameters(self) -> Arrays:
         return {name: p.detach().cpu().numpy() for name, p in self._params.items()}
@@ -149,6 +159,9 @@ class TorchEngine:
         loss = self.model.operators.cross_entropy(logits, targets)
         trace("loss", loss.detach().cpu().numpy())
         torch.autograd.grad(loss, list(self._params.values()))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self._lower, enabled=self._lower is not None)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = (torch.from_numpy(np.asarray(array, np.int64)).to(self.device) for array in batch)

@@ -105,7 +105,10 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
         for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
     ]
     try:
-        engine = create_engine(config.engine, model, params, config.optimizer, config.dtype)
+        engine = create_engine(
+            config.engine, model, params, config.optimizer, config.dtype,
+            precision=config.precision, compile=config.compile,
+        )  # fmt: skip
     except UserError as error:
         raise UserError(f"{error} (model: fields that change the weights' shapes)" if saved else str(error)) from None
     trainer = Trainer(
