@@ -45,6 +45,8 @@ PACKAGES = [
     Package("triton", "torch", "the GPU kernels"),
     Package("sentencepiece", "sentencepiece", "SentencePiece models, and training one"),
     Package("tokenizers", "tokenizers", "training byte-pair encodings, and Hugging Face's other tokenizers"),
+    Package("wandb", "wandb", "following a run at Weights & Biases"),
+    Package("tensorboardX", "tensorboard", "following a run in TensorBoard"),
     Package("tensorflow", "openai", "reading OpenAI's original GPT-2 checkpoints"),
     Package("transformers", "bench", "comparison with Hugging Face's models"),
     Package("pytest-benchmark", "bench", "timing single layers"),

@@ -116,7 +116,8 @@ class RunConfig:
     data: str = "python-stdlib"
     """A name of the data catalogue, or the path of a text file, a token file, or a folder of .txt files."""
     tokenizer: str | None = None
-    """gpt2, bytes, simple-v1 or simple-v2; none: the weights' or the token file's own, else bytes."""
+    """gpt2, bytes, simple-v1, simple-v2, or a file .model or .json, as `twingrad tokenizer train` writes it; none: the
+    weights' or the token file's own, else bytes."""
     preset: str = "bytes-small"
     """The model's architecture, a name in reference.config.PRESETS."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +141,8 @@ class RunConfig:
     """Tokens in a text sample, each the most probable one."""
     out: str = "runs/latest"
     """The run's folder: config.yaml, log.csv, loss.png, loss.pdf and the checkpoints."""
+    log_to: tuple[str, ...] = ()
+    """Where the losses go beside log.csv: wandb, tensorboard. May be given several times."""
     resume: bool = False
     """Whether to go on with the run in `out` from its last checkpoint."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)

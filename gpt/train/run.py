@@ -22,9 +22,9 @@ from gpt.data import (
     load_text,
     open_tokens,
     prepare,
-    split_text,
     split_tokens,
 )
+from gpt.data.encoded import encode_split
 from gpt.data.files import atomic_write
 from gpt.data.tokenfile import MAGIC
 from gpt.engine import Engine, NonFiniteError, create_engine
@@ -37,6 +37,7 @@ from gpt.train.config import LoaderConfig, RunConfig
 from gpt.train.log import read_log
 from gpt.train.plot import plot_losses, save_plot
 from gpt.train.progress import Progress, create_progress
+from gpt.train.trackers import check_trackers, create_trackers
 from gpt.train.trainer import Result, Trainer
 from gpt.weights.load import load
 from gpt.weights.native import SavedModel
@@ -69,19 +70,23 @@ def train(config: RunConfig, progress: Progress | None = None) -> Result:
     """
     out = Path(config.out)
     _check_folder(config, out)
+    check_trackers(config.log_to)
     progress = progress or create_progress()
     trainer, corpus = build(config, progress)
     progress.line(_describe(config, trainer, corpus))
     if config.resume and checkpoint.find_checkpoint(out, "last"):
         trainer.resume()
         progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
-    with atomic_write(out / CONFIG) as file:
-        file.write(to_yaml(replace(config, resume=False)).encode())
+    trainer.tracker = create_trackers(config.log_to, out, to_dict(config))
     try:
+        with atomic_write(out / CONFIG) as file:
+            file.write(to_yaml(replace(config, resume=False)).encode())
         result = trainer.run()
     except NonFiniteError:
         _plot(out)
         raise
+    finally:
+        trainer.tracker.close()
     _plot(out)
     if result.interrupted:
         progress.line(f"To go on: twingrad train --config {out / CONFIG} --resume")
@@ -138,8 +143,7 @@ def load_corpus(config: RunConfig, spec: Mapping[str, Any] | None = None) -> Cor
                 return _split_file(open_tokens(path, wanted), fraction)
     text = load_text(config.data)
     tokenizer = default or tokenizers.load(config.tokenizer or "bytes", text)
-    ids = [np.array(tokenizer.encode(part), np.int64) for part in split_text(text, fraction)]
-    return Corpus(tokenizer, *ids)
+    return Corpus(tokenizer, *encode_split(text, tokenizer, fraction))
 
 
 def _encode_folder(config: RunConfig, folder: Path, default: Tokenizer | None) -> TokenFile:

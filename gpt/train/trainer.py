@@ -28,6 +28,7 @@ from gpt.train.config import TrainConfig
 from gpt.train.log import Log, Row
 from gpt.train.progress import Progress
 from gpt.train.schedule import warmup_constant, warmup_cosine
+from gpt.train.trackers import Tracker
 from gpt.weights.native import save_model
 from reference.philox import PhiloxNoise
 from reference.torch_rng import Generator, StreamNoise
@@ -65,6 +66,7 @@ class Trainer:
     run_dir     folder of the log and the checkpoints; None writes nothing
     tokenizer   the tokenizer's spec(), kept beside the parameters
     sample      called with the engine, returns a text to show
+    tracker     told of each step beside the log; closed by whoever made it
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Trainer:
         tokenizer: Mapping[str, Any] | None = None,
         sample: Callable[[Engine], str] | None = None,
         progress: Progress | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         if len(train_loader) == 0:
             raise UserError("train_loader: no batches to train on")
@@ -89,7 +92,7 @@ class Trainer:
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.progress = progress or Progress()
+        self.progress, self.tracker = progress or Progress(), tracker
         self.steps_per_epoch = math.ceil(len(train_loader) / config.accumulation)
         epochs = 1 if config.epochs is None else config.epochs
         self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
@@ -219,6 +222,8 @@ class Trainer:
         row.seconds = time.perf_counter() - self._began
         if log:
             log.write(row)
+        if self.tracker:
+            self.tracker.log(row)
         self.progress.step(row)
         self._snapshot()
         if self.sample and _due(config.sample_every, self.step, epoch_over):

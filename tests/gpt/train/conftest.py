@@ -19,6 +19,12 @@ CONFIG = GPTConfig(29, 8, 12, 2, 3, emb_dropout=0.1, shortcut_dropout=0.1, attn_
 TOKENS = (np.arange(250) * 3 + np.random.default_rng(0).integers(0, 2, 250)) % 29
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    """Encoded texts stay out of the user's cache."""
+    monkeypatch.setenv("TWINGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def one_thread():
     """For PyTorch, to which threads cost more than arrays this small; afterwards it has them again."""

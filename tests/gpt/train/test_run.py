@@ -21,7 +21,7 @@ from gpt.train.config import LoaderConfig, OptimizerConfig, RunConfig, TrainConf
 from gpt.train.log import read_log
 from gpt.train.plot import plot_losses
 from gpt.train.progress import Progress
-from gpt.train.run import train
+from gpt.train.run import load_corpus, train
 from gpt.weights.load import load
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
@@ -116,6 +116,21 @@ def test_every_kind_of_data(config, tmp_path, kind):
     assert not math.isnan(result.val_loss)
     expected = {"tokens": "2,881 tokens (bytes)", "folder": "2,881 tokens (bytes)", "random": "1,440 tokens (bytes)"}
     assert expected.get(kind, f"tokens ({kind})") in heard.lines[0]
+
+
+def test_a_text_is_encoded_once(config, monkeypatch):
+    config = replace(config, tokenizer="simple-v2")
+    first = load_corpus(config)
+    monkeypatch.setattr(tokenizers.SimpleTokenizerV2, "encode", None)
+    second = load_corpus(config)
+    assert second.tokenizer.spec() == first.tokenizer.spec()
+    for split in ("train_ids", "validation_ids"):
+        np.testing.assert_array_equal(getattr(first, split), getattr(second, split))
+    with pytest.raises(TypeError):
+        load_corpus(replace(config, loader=LoaderConfig(train_fraction=0.8)))
+    Path(config.data).write_text(TEXT + "fox")
+    with pytest.raises(TypeError):
+        load_corpus(config)
 
 
 def test_resumes_only_what_it_was(config, tmp_path):
