@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gpt import chat as templates
 from gpt import memory, options, prompts, tokenizers
 from gpt.engine import Engine, create_engine
 from gpt.errors import UserError
@@ -102,10 +103,22 @@ class LLM:
             return groups[0] if single else groups
         return texts[0] if single else texts
 
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 100, *, template: str, **others: Any
+    ) -> Any:
+        """The assistant's answer to a conversation, messages of a "role" and a "content" (gpt/chat.py).
+
+        `template`: llama3, chatml, zephyr, or the text of a template. `others`: as for `generate`.
+        """
+        end = self.tokenizer.decode([self.tokenizer.eot]) if self.tokenizer.eot is not None else ""
+        text = templates.render(messages, template, eos_token=end, add_generation_prompt=True)
+        return self.generate(text, max_new_tokens, **others)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a text, or of an entry in the model's prompt style. UserError for an empty one."""
         text = prompt if isinstance(prompt, str) else prompts.format_prompt(prompt, self.style)
-        special = [tokenizers.END_OF_TEXT] if self.tokenizer.eot is not None else []
+        special = {tokenizers.END_OF_TEXT} if self.tokenizer.eot is not None else set()
+        special |= set(getattr(self.tokenizer, "special", ()))  # those of a chat template, say
         ids = self.tokenizer.encode(text, allowed_special=special)
         if not ids:
             raise UserError("prompt: expected a text to continue, got an empty one")
@@ -176,14 +189,15 @@ def generate(config: GenerateConfig) -> None:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Talk to a model: each prompt stands for itself. q or the end of the input leaves, Ctrl-C stops an answer."""
+    """Talk to a model. q or the end of the input leaves, Ctrl-C stops an answer."""
 
     model: str = "runs/latest"
     """A run's folder (its best, else its last checkpoint), a folder or file of weights, or a name (weights list)."""
     engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
-    style: Literal["plain", "alpaca", "phi3"] = "plain"
-    """How a prompt is put to the model: as it is, or in the template it was finetuned with."""
+    style: Literal["plain", "alpaca", "phi3", "llama3", "chatml", "zephyr"] = "plain"
+    """How a prompt is put to the model: as it is, or in the words it was finetuned with. plain, alpaca and phi3 put
+    each prompt by itself, the others the whole conversation."""
     stop: tuple[str, ...] = ()
     """A text that ends the answer, and is no part of it; may be given several times."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -193,6 +207,7 @@ def chat(config: ChatConfig) -> None:
     """The loop behind `twingrad chat`: reads prompts from standard input, writes answers to standard output."""
     llm = LLM.load(config.model, config.engine)
     llm.style = config.style
+    said: list[dict[str, str]] = []
     settings = {"stop": config.stop, **dataclasses.asdict(config.sampling)}
     list(llm.generate("a", **{**settings, "max_new_tokens": 0}))  # wrong settings show now, not after the first prompt
     interactive = sys.stdin.isatty()
@@ -206,7 +221,15 @@ def chat(config: ChatConfig) -> None:
             return
         if not line:
             continue
+        if config.style in templates.TEMPLATES:
+            said.append({"role": "user", "content": line})
+            pieces = llm.chat(said, template=config.style, stream=True, **settings)
+        else:
+            pieces = llm.generate({"instruction": line}, stream=True, **settings)
+        answer = ""
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in llm.generate({"instruction": line}, stream=True, **settings):
+            for piece in pieces:
+                answer += piece
                 print(piece, end="", flush=True)
+        said.append({"role": "assistant", "content": answer})
         print(flush=True)

@@ -50,7 +50,7 @@ class BPETokenizer:
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         utf8(text)
-        allowed = checked_special(allowed_special) & set(self.special)
+        allowed = checked_special(allowed_special, self.special) & set(self.special)
         return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:

@@ -309,6 +309,37 @@ def test_chat_refuses_wrong_settings_before_the_first_prompt(path):
     assert done.stderr.startswith("error: stop: ")
 
 
+def test_a_conversation_is_rendered_and_answered():
+    shown = []
+
+    class Engine(Writes):
+        def logits(self, tokens, cache=None, counts=None):
+            shown.append(
+                bytes(tokens[0].astype(np.uint16).tolist()[i] for i in range(tokens.shape[1]) if tokens[0, i] < 256)
+            )
+            return super().logits(tokens, cache, counts)
+
+    llm = LLM(Engine(b"Hi."), ByteTokenizer())
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
+    assert llm.chat(messages, template="chatml") == "Hi."
+    assert shown[0].endswith(b"<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+    assert "".join(llm.chat(messages, template="zephyr", stream=True)) == "Hi."
+    with pytest.raises(UserError, match="role of message 1 is 'robot'"):
+        llm.chat([{"role": "robot", "content": ""}], template="chatml")
+
+
+def test_chat_with_a_template_keeps_the_conversation(path):
+    options = ["--model", path, "--engine", "numpy", "--max_new_tokens", "5", "--style", "chatml"]
+    done = command("chat", *options, stdin="a\nb\nq\n")
+    llm, said, expected = LLM.load(path, engine="numpy"), [], ""
+    for line in ("a", "b"):
+        said.append({"role": "user", "content": line})
+        answer = llm.chat(said, 5, template="chatml")
+        said.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+    assert done.stdout == expected, done.stderr
+
+
 def test_ctrl_c_stops_the_answer_and_then_at_the_prompt_the_program(path):
     process = subprocess.Popen(
         [sys.executable, "-m", "gpt", "chat", "--model", path, "--engine", "numpy", "--max_new_tokens", "1000000"],
