@@ -13,6 +13,7 @@ Special tokens are plain text in what `render` gives: to encode them as tokens, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from gpt.errors import UserError
 from gpt.options import did_you_mean
 
-__all__ = ["ROLES", "TEMPLATES", "render"]
+__all__ = ["ROLES", "TEMPLATES", "clean_response", "render"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -83,6 +84,15 @@ def render(
         )
     except Exception as error:  # a template is a program of somebody's, and may fail in any way
         raise UserError(f"chat template: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+# What models write of templates: <|markers|>, sentence ends, [INST] and its kin, and the role that a marker leaves.
+_MARKERS = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?[A-Z_]+\]")
+
+
+def clean_response(text: str) -> str:
+    """An answer without the markers of templates that a model wrote into it, and without white space around it."""
+    return re.sub(r" {2,}", " ", _MARKERS.sub(" ", text)).strip()
 
 
 def _checked(number: int, message: Mapping[str, Any]) -> dict[str, str]:

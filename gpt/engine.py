@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 Noise = Callable[[int, int, tuple[int, ...], float], Any]  # (layer, site, shape, rate), see reference/philox.py
 Trace = Callable[[str, np.ndarray], None]
 IGNORE = -100  # a target that does not count
-PRECISIONS = ("full", "bfloat16", "float16")
+PRECISIONS = ("full", "tf32", "bfloat16", "float16")
 
 
 class Tensor(Protocol):
@@ -163,7 +163,8 @@ def create_engine(
 
     "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype`, of parameters and gradients, is float32 or
     float64. `precision` bfloat16 or float16 computes in that type where torch.autocast does, float16 with its gradients
-    scaled; `compile` is torch.compile. These two and `device` are not for the NumPy engine, which runs on the CPU.
+    scaled; tf32 lets GPUs round the factors of float32 products to 10 bits, in the whole process. `compile` is
+    torch.compile. These two and `device` are not for the NumPy engine, which runs on the CPU.
     """
     if dtype not in ("float32", "float64"):
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")

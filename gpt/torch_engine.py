@@ -45,7 +45,9 @@ class TorchEngine:
         groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}]
         if others:
             groups.append({"params": others, "weight_decay": 0.0})
-        self._lower = None if precision == "full" else getattr(torch, precision)
+        self._lower = getattr(torch, precision) if precision in ("bfloat16", "float16") else None
+        if precision == "tf32":  # says nothing to a CPU
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)

@@ -129,8 +129,9 @@ class RunConfig:
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters, gradients and moments."""
-    precision: Literal["full", "bfloat16", "float16"] = "full"
-    """What PyTorch computes in where it may: full is `dtype`, the others are its autocast; float16 scales gradients."""
+    precision: Literal["full", "tf32", "bfloat16", "float16"] = "full"
+    """What PyTorch computes in: full is `dtype`, tf32 rounds factors on GPUs, the others are its autocast, with
+    float16's gradients scaled."""
     compile: bool = False
     """Whether PyTorch compiles the model (torch.compile), which takes a minute and pays on GPUs and in long runs."""
     init: Literal["book", "gpt2"] = "gpt2"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.chat import ROLES, TEMPLATES, render
+from gpt.chat import ROLES, TEMPLATES, clean_response, render
 from gpt.errors import UserError
 
 USER = {"role": "user", "content": " What is 2 + 2?\n"}
@@ -120,3 +120,17 @@ def test_a_template_that_is_wrong_refuses_or_reaches_out(template, message):
     with pytest.raises(UserError, match=message) as caught:
         render([USER], template)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<|assistant|>\nHello there.</s>", "Hello there."),
+        (" [INST] Say it [/INST] I say it.<|eot_id|>", "Say it I say it."),
+        ("<s>One <|im_end|> two", "One two"),
+        ("a [b] stays, and [1] too: 3 < 4 | 5 > 2", "a [b] stays, and [1] too: 3 < 4 | 5 > 2"),
+        ("", ""),
+    ],
+)
+def test_a_response_is_cleaned_of_the_markers_of_templates(text, expected):
+    assert clean_response(text) == expected

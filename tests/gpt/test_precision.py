@@ -46,6 +46,16 @@ def test_lower_precision_is_near_keeps_float32_parameters_and_learns(preset, pre
     assert generate(lower, TOKENS[:2, :5], Sampling(6)).shape == (2, 11)
 
 
+def test_tf32_is_for_gpus_and_changes_nothing_on_a_cpu(monkeypatch):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        full, tf32 = engine(), engine(precision="tf32")
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert tf32.accumulate(BATCH) == full.accumulate(BATCH)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_float16_gradients_that_overflow_take_no_step_and_lower_the_scale():
     lower = engine(precision="float16")
     before = {name: p.copy() for name, p in lower.parameters().items()}
@@ -103,7 +113,7 @@ def test_a_run_that_was_compiled_saves_names_as_always(tmp_path, monkeypatch):
     [
         ("numpy", {"precision": "bfloat16"}, "precision, compile: the numpy engine"),
         ("numpy", {"compile": True}, "precision, compile: the numpy engine"),
-        ("torch", {"precision": "half"}, "precision: 'half' is not one of full, bfloat16, float16"),
+        ("torch", {"precision": "half"}, "precision: 'half' is not one of full, tf32, bfloat16, float16"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(name, settings, message):
