@@ -122,7 +122,8 @@ class LLM:
         ids = self.tokenizer.encode(text, allowed_special=special)
         if not ids:
             raise UserError("prompt: expected a text to continue, got an empty one")
-        return ids
+        begin = getattr(self.tokenizer, "begin", [])  # what a Llama has read before each text, say
+        return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
     def _pieces(
         self, given: Sequence[Prompt], sampling: Sampling, stop: Sequence[str], samples: int

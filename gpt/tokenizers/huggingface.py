@@ -26,9 +26,10 @@ _SPACE = "▁"
 class HuggingFaceTokenizer:
     """`text`: what the file holds. `end`: the special token that ends a text, which stands for <|endoftext|>.
 
-    `special`: the special tokens' ids by name. Their names are ordinary text unless `allowed_special` holds them; no
-    token is put before or after a text. decode gives back what the file's normalizer and decoder leave of a text: all
-    of it where tokens are of bytes and there is no normalizer. UserError for a damaged file.
+    `special`: the special tokens' ids by name. Their names are ordinary text unless `allowed_special` holds them.
+    `begin`: the ids that the file wants before each text; encode itself puts none there, and none behind. decode gives
+    back what the file's normalizer and decoder leave of a text: all of it where tokens are of bytes and there is no
+    normalizer. UserError for a damaged file.
     """
 
     name: str = "huggingface"
@@ -38,7 +39,10 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = library.Tokenizer.from_str(text)
             settings = json.loads(text)
-        except Exception as error:  # the library raises nothing more special
+            begin = _begin(settings.get("post_processor"))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing more special, and where it panics no Exception
             raise UserError(f"not a tokenizer.json: {' '.join(str(error).split())}") from None
         self._text = text
         self._tokenizer.no_truncation()
@@ -54,6 +58,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"the end of a text, {end!r}, is no special token of the vocabulary")
         self.end = end or next((name for name in _ENDS if name in self.special), None)
         self.eot: int | None = self.special[self.end] if self.end else None
+        self.begin = [self.special[name] for name in begin if name in self.special]
         self._prefixes, write = _writer(list(_decoders(settings.get("decoder"))))
         plain = {id: token.content for id, token in added.items()}
         self._bytes = write and {id: plain[id].encode() if id in plain else write(name) for id, name in names.items()}
@@ -104,6 +109,21 @@ class HuggingFaceTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _begin(processor: Any) -> list[str]:
+    """The special tokens that a post-processor writes before a text, by name."""
+    if not isinstance(processor, Mapping):
+        return []
+    if processor.get("type") == "Sequence":
+        found = [_begin(step) for step in processor.get("processors") or ()]
+        return next(filter(None, found), [])
+    names = []
+    for step in processor.get("single") or ():
+        if not isinstance(step, Mapping) or "SpecialToken" not in step:
+            break
+        names.append(step["SpecialToken"]["id"])
+    return names
 
 
 def _decoders(decoder: Any) -> Iterator[Mapping[str, Any]]:

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import tokenizers
+from gpt import LLM, tokenizers
 from gpt.errors import UserError
 from gpt.text_stream import TextStream
 from gpt.tokenizers import END_OF_TEXT, BPETokenizer, HuggingFaceTokenizer, train_bpe
+from reference.config import GPTConfig
 
 library = pytest.importorskip("tokenizers")
 
@@ -154,6 +155,19 @@ def test_special_tokens_are_text_unless_they_are_allowed(theirs, ours):
     assert tokenizer.encode(f"a{END_OF_TEXT}", allowed_special={END_OF_TEXT})[-1] == tokenizer.eot
     with pytest.raises(UserError, match="special tokens only"):
         tokenizer.encode(text, allowed_special={"<|pad|>"})
+
+
+def test_what_a_text_begins_with_is_known_and_a_model_s_prompts_have_it(theirs, ours):
+    assert ours["llama3"].begin == theirs["llama3"].encode("x").ids[:1]
+    assert ours["llama3"].begin[0] in ours["llama3"].special.values()
+
+    class Engine:
+        config = GPTConfig(ours["llama3"].n_vocab, 8, 4, 1, 1)
+
+    llm = LLM(Engine(), ours["llama3"])
+    assert llm.encode("hello") == theirs["llama3"].encode("hello").ids
+    name = next(name for name, id in ours["llama3"].special.items() if id == ours["llama3"].begin[0])
+    assert llm.encode(name + "hello") == llm.encode("hello")  # as a chat template writes it
 
 
 def test_specification_restores_the_tokenizer(ours):
