@@ -20,6 +20,9 @@ from reference.config import GPTConfig
 __all__ = ["FORMATS", "Format", "Row", "check_layers", "from_ours", "to_ours"]
 
 
+MLP = ("gate", "up", "down")  # Llama's projections
+
+
 class Row(NamedTuple):
     theirs: str
     ours: tuple[str, ...]
@@ -111,7 +114,6 @@ def _llama2_c(config: GPTConfig) -> list[Row]:
     return rows
 
 
-MLP = ("gate", "up", "down")
 FORMATS = {
     "huggingface-gpt2": Format("huggingface-gpt2", _huggingface_gpt2),
     "huggingface-llama": Format("huggingface-llama", _huggingface_llama),
