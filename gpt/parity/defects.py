@@ -328,8 +328,19 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "norm_eps ignored", "model",
-            ", config.norm_eps)", ")",
+            'params.get(f"{name}.bias"), config.norm_eps)', 'params.get(f"{name}.bias"))',
             "model untied", "blocks.0.norm1",
+        ),
+        (
+            "gate's gradient forgotten", "model",
+            'dx += project(f"{name}.gate", dgate)', 'project(f"{name}.gate", dgate)',
+            "model llama", "d.blocks.1.norm2",
+        ),
+        (
+            "keys not turned back", "model",
+            'dk = rope.backward(note(f"{name}.key.rope", dk), saved[f"{name}.key.rope"])',
+            'note(f"{name}.key.rope", dk)',
+            "model llama", "d.blocks.1.attn.key",
         ),
         (
             "micro-batches not added up", "model",

@@ -198,7 +198,8 @@ def test_a_mistake_in_the_command_is_one_line_and_status_2(arguments, message, c
 def test_model_alone_checks_no_operator(capsys):
     assert cli.main(["check", "model", "--steps", "2", "--dtype", "float64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {result["operator"] for result in report["results"]} == {"model tied", "model untied", "model no-bias"}
+    models = {f"model {name}" for name in ("tied", "untied", "llama", "no-bias")}
+    assert {result["operator"] for result in report["results"]} == models
     gates = {result["gate"] for result in report["results"]}
     assert "differences" in gates
     assert "lockstep float32" not in gates
