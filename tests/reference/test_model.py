@@ -6,6 +6,7 @@ import pytest
 from gpt.parity import check
 from gpt.parity import model as parity
 from reference import GPT, GPTConfig, cross_entropy, model
+from reference.config import CHOICES
 from reference.philox import PhiloxNoise
 
 CONFIG = GPTConfig(vocab_size=37, context_length=16, emb_dim=12, n_layers=2, n_heads=3, qkv_bias=True)
@@ -35,8 +36,10 @@ def test_every_model_passes_every_check(name, function):
 
 def test_the_models_that_are_checked_cover_what_a_config_can_choose():
     configs = parity.CONFIGS.values()
-    for field in ("tie_embeddings", "qkv_bias", "bias", "head_bias", "mlp"):
-        assert len({getattr(config, field) for config in configs}) == 2, field
+    for field in ("tie_embeddings", "qkv_bias", "bias", "head_bias"):
+        assert {getattr(config, field) for config in configs} == {True, False}, field
+    for field, choices in CHOICES.items():
+        assert {getattr(config, field) for config in configs} == set(choices), field
     assert {config.n_kv_heads < config.n_heads for config in configs} == {True, False}
     assert all(getattr(config, rate) for config in configs for rate in DROPOUTS)
     assert any(config.head_dim * config.n_heads != config.emb_dim for config in configs)
