@@ -47,6 +47,21 @@ class Batch(NamedTuple):
         return int(np.count_nonzero(self.targets != IGNORE))
 
 
+class Preferences(NamedTuple):
+    """Pairs of answers to learn from: of P prompts first the chosen answers, in the same order then the rejected ones."""
+
+    inputs: np.ndarray  # (2 P, T) int64, prompt and answer
+    targets: np.ndarray  # (2 P, T) int64, IGNORE but where a token of the answer is to be predicted
+    objective: Literal["dpo", "orpo"]  # reference/dpo.py, reference/orpo.py
+    beta: float  # how much the preference weighs, see there
+    reference: np.ndarray | None = None  # (2 P,) log-probabilities of the answers before training, which dpo needs
+
+    @property
+    def counted(self) -> int:
+        """How many pairs count in the mean loss."""
+        return len(self.inputs) // 2
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW's settings. `decay`: every parameter decays ("all"), or those of two or more axes ("matrices")."""
