@@ -7,8 +7,9 @@ parameter names of `GPTConfig.parameter_shapes`, so that code above it never ask
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Preferences(NamedTuple):
-    """Pairs of answers to learn from: of P prompts first the chosen answers, in the same order then the rejected ones."""
+    """Pairs of answers to learn from: the chosen answers to P prompts, and after them the rejected ones, in order."""
 
     inputs: np.ndarray  # (2 P, T) int64, prompt and answer
     targets: np.ndarray  # (2 P, T) int64, IGNORE but where a token of the answer is to be predicted
@@ -61,16 +62,26 @@ class Preferences(NamedTuple):
         """How many pairs count in the mean loss."""
         return len(self.inputs) // 2
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many tokens each answer has, (2 P,)."""
+        return np.count_nonzero(self.targets != IGNORE, axis=1)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's settings. `decay`: every parameter decays ("all"), or those of two or more axes ("matrices")."""
+    """AdamW's settings. `decay`: every parameter decays ("all"), or those of two or more axes ("matrices").
+
+    `trained`: patterns of the names of the parameters that learn, such as blocks.11.*; the others are frozen. Without
+    any, all learn, or, in a model with low-rank adapters, these alone.
+    """
 
     lr: float = 4e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.1
     decay: Literal["all", "matrices"] = "all"
+    trained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -99,18 +110,34 @@ class KeyValueCache(Protocol):
         ...
 
 
+Examples = Batch | Preferences
+
+
+class TokenLogps(NamedTuple):
+    """What a model thought of the targets of a batch."""
+
+    logps: np.ndarray  # (B, T) float64 log-probabilities, 0 where the target is IGNORE
+    best: np.ndarray  # (B, T) bool: no token was more probable; False where the target is IGNORE
+
+
 class Engine(Protocol):
     """One model, its gradients and its optimizer. Arrays that come out may share the engine's memory: copy to keep."""
 
     name: str
     config: GPTConfig
+    trained: tuple[str, ...]  # the parameters that learn; all others are frozen
 
-    def loss(self, batch: Batch) -> float:
-        """Mean cross entropy over the counted targets, without dropout; 0 if none counts."""
+    def loss(self, batch: Examples) -> float:
+        """The mean loss without dropout: cross entropy over the counted targets, 0 if none counts, or over the pairs
+        the objective of the preferences."""
         ...
 
-    def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
+    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> float:
         """Add `weight` times the gradient of the mean loss; return that loss. `noise` None: without dropout."""
+        ...
+
+    def token_logps(self, batch: Batch | Preferences) -> TokenLogps:
+        """The log-probability of each target, without dropout."""
         ...
 
     def gradients(self) -> Arrays:
@@ -152,15 +179,18 @@ class Engine(Protocol):
         ...
 
     def optimizer_state(self) -> Arrays:
-        """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter, and "step", an int64 scalar."""
+        """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter that learns, and "step", an int64 scalar."""
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Replace AdamW's memory; errors as in `load_parameters`."""
         ...
 
-    def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:
-        """Call `trace(name, tensor)` with every tensor of a forward and backward pass, in the order of execution."""
+    def trace(self, batch: Examples, trace: Trace, noise: Noise | None = None) -> None:
+        """Call `trace(name, tensor)` with every tensor of a forward and backward pass, in the order of execution.
+
+        The gradients of frozen parameters' layers are among them.
+        """
         ...
 
 
@@ -217,15 +247,40 @@ def check_tokens(tokens: np.ndarray, config: GPTConfig, past: int = 0) -> None:
         raise UserError(f"tokens: id {wrong} is outside the vocabulary, expected 0 <= id < {config.vocab_size}")
 
 
-def check_batch(batch: Batch, config: GPTConfig) -> None:
-    """`check_tokens` for the inputs, and the same for the targets that count."""
+def trained_names(config: GPTConfig, patterns: Iterable[str] = ()) -> tuple[str, ...]:
+    """The parameters that learn, see OptimizerConfig. UserError for a pattern that none has."""
+    names = tuple(config.parameter_shapes())
+    patterns = tuple(patterns) or (("*.lora_a", "*.lora_b") if config.lora else ("*",))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"trained: no parameter is named {pattern!r}; there are {', '.join(names[:3])}, ...")
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def check_batch(batch: Examples, config: GPTConfig) -> None:
+    """`check_tokens` for the inputs, and the same for the targets that count; of preferences, that they are pairs."""
     check_tokens(batch.inputs, config)
     if batch.targets.shape != batch.inputs.shape:
         raise UserError(f"targets: expected the inputs' shape {batch.inputs.shape}, got {batch.targets.shape}")
     counted = batch.targets[batch.targets != IGNORE]
-    if counted.size and not (0 <= counted.min() and counted.max() < config.vocab_size):
-        wrong = counted[(counted < 0) | (counted >= config.vocab_size)].flat[0]
-        raise UserError(f"targets: id {wrong} is outside the vocabulary, expected 0 <= id < {config.vocab_size}")
+    if counted.size and not (0 <= counted.min() and counted.max() < config.n_outputs):
+        wrong = counted[(counted < 0) | (counted >= config.n_outputs)].flat[0]
+        kind = "the vocabulary" if config.n_outputs == config.vocab_size else "the classes"
+        raise UserError(f"targets: id {wrong} is outside {kind}, expected 0 <= id < {config.n_outputs}")
+    if isinstance(batch, Preferences):
+        _check_pairs(batch)
+
+
+def _check_pairs(batch: Preferences) -> None:
+    rows = len(batch.inputs)
+    if batch.objective not in ("dpo", "orpo"):
+        raise UserError(f"objective: {batch.objective!r} is not one of dpo, orpo")
+    if rows % 2:
+        raise UserError(f"preferences: expected pairs, as many chosen as rejected answers, got {rows} answers")
+    if not (batch.targets != IGNORE).any(axis=1).all():
+        raise UserError("preferences: an answer has no token")
+    if batch.objective == "dpo" and (batch.reference is None or batch.reference.shape != (rows,)):
+        raise UserError(f"dpo: expected the {rows} answers' log-probabilities before training as `reference`")
 
 
 def check_arrays(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -241,13 +296,13 @@ def check_arrays(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
             raise UserError(f"{name}: expected shape {tuple(shape)}, got {tuple(given[name].shape)}")
 
 
-def optimizer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what `Engine.optimizer_state` holds."""
+def optimizer_shapes(config: GPTConfig, trained: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what `Engine.optimizer_state` holds, of a model whose parameters `trained` learn."""
     shapes = config.parameter_shapes()
-    return {"step": ()} | {f"{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}
+    return {"step": ()} | {f"{moment}.{name}": shapes[name] for moment in "mv" for name in trained}
 
 
-def first_non_finite(engine: Engine, batch: Batch, noise: Noise | None) -> str:
+def first_non_finite(engine: Engine, batch: Examples, noise: Noise | None) -> str:
     """The name of the first tensor of a pass, in execution order, that is not finite."""
     found: list[str] = []
 

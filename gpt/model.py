@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gpt.cache import Cache
-from gpt.ops import TORCH, Operators, linear
+from gpt.ops import TORCH, Operators, linear, lora, token_logps
 from reference import philox, rope
 from reference.config import GPTConfig
+from reference.lora import SITES
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -22,9 +23,35 @@ def _no_trace(name: str, tensor: torch.Tensor) -> None:
     pass
 
 
-class Linear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+class Linear(nn.Module):
+    """A linear layer, and the low-rank adapter beside it where the config says so. `tied`: its weight is another's."""
+
+    def __init__(
+        self, config: GPTConfig, name: str, d_in: int, d_out: int, bias: bool, layer: int = 0, tied: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = None if tied else nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.lora = config.lora if config.adapts(name) else None
+        if self.lora:
+            self.lora_a = nn.Parameter(torch.empty(self.lora.rank, d_in))
+            self.lora_b = nn.Parameter(torch.empty(d_out, self.lora.rank))
+        self.name, self.layer = name, layer
+
+    def forward(
+        self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        weight = self.weight if weight is None else weight
+        assert weight is not None
+        y = linear(x, weight, self.bias)
+        if self.lora:
+            rate, site = self.lora.dropout, SITES[self.name.rpartition(".")[2]]
+            here = noise(self.layer, site, tuple(x.shape), rate) if rate and noise else None
+            low = lora(x, self.lora_a, self.lora_b, self.lora.scale, rate, here)
+            trace(f"{self.name}.lora", low)
+            y = y + low
+        trace(self.name, y)
+        return y
 
 
 class LayerNorm(nn.Module):
@@ -63,10 +90,11 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
         emb, q_dim, kv_dim = config.emb_dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.query = Linear(emb, q_dim, bias=config.qkv_bias)
-        self.key = Linear(emb, kv_dim, bias=config.qkv_bias)
-        self.value = Linear(emb, kv_dim, bias=config.qkv_bias)
-        self.out = Linear(q_dim, emb, bias=config.bias)
+        name = f"blocks.{layer}.attn"
+        self.query = Linear(config, f"{name}.query", emb, q_dim, config.qkv_bias, layer)
+        self.key = Linear(config, f"{name}.key", emb, kv_dim, config.qkv_bias, layer)
+        self.value = Linear(config, f"{name}.value", emb, kv_dim, config.qkv_bias, layer)
+        self.out = Linear(config, f"{name}.out", q_dim, emb, config.bias, layer)
         self.config, self.operators, self.layer = config, operators, layer
 
     def forward(
@@ -75,9 +103,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         rate, name = self.config.attn_dropout, f"blocks.{self.layer}.attn"
         heads = []
-        for part in ("query", "key", "value"):
-            y = getattr(self, part)(x)
-            trace(f"{name}.{part}", y)
+        for part in (self.query, self.key, self.value):
+            y = part(x, noise, trace)
             heads.append(y.view(B, T, -1, self.config.head_dim).transpose(1, 2))  # (B, H, T, D)
         q, k, v = heads
         if turns is not None:
@@ -95,9 +122,7 @@ class Attention(nn.Module):
             else:
                 y = self.operators.cached_attention(q, keys, values, cache.starts)
         trace(f"{name}.heads", y)
-        y = self.out(y.transpose(1, 2).reshape(B, T, -1))
-        trace(f"{name}.out", y)
-        return y
+        return self.out(y.transpose(1, 2).reshape(B, T, -1), noise, trace)
 
 
 class MLP(nn.Module):
@@ -105,28 +130,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig, operators: Operators, layer: int) -> None:
         super().__init__()
-        gated = config.mlp == "swiglu"
-        self.gate = Linear(config.emb_dim, config.mlp_dim, bias=config.bias) if gated else None
-        self.up = Linear(config.emb_dim, config.mlp_dim, bias=config.bias)
-        self.down = Linear(config.mlp_dim, config.emb_dim, bias=config.bias)
-        self.activation, self.operators, self.layer = config.mlp, operators, layer
+        gated, emb, mlp, name = config.mlp == "swiglu", config.emb_dim, config.mlp_dim, f"blocks.{layer}.mlp"
+        self.gate = Linear(config, f"{name}.gate", emb, mlp, config.bias, layer) if gated else None
+        self.up = Linear(config, f"{name}.up", emb, mlp, config.bias, layer)
+        self.down = Linear(config, f"{name}.down", mlp, emb, config.bias, layer)
+        self.activation, self.operators, self.name = config.mlp, operators, name
 
-    def forward(self, x: torch.Tensor, trace: Any = _no_trace) -> torch.Tensor:
-        name = f"blocks.{self.layer}.mlp"
+    def forward(self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace) -> torch.Tensor:
         if self.gate is not None:
-            gate = self.gate(x)
-            trace(f"{name}.gate", gate)
-            x = self.up(x)
-            trace(f"{name}.up", x)
-            x = self.operators.swiglu(gate, x)
+            gate = self.gate(x, noise, trace)
+            x = self.operators.swiglu(gate, self.up(x, noise, trace))
         else:
-            x = self.up(x)
-            trace(f"{name}.up", x)
-            x = self.operators.gelu(x, GELU[self.activation])
-        trace(f"{name}.act", x)
-        x = self.down(x)
-        trace(f"{name}.down", x)
-        return x
+            x = self.operators.gelu(self.up(x, noise, trace), GELU[self.activation])
+        trace(f"{self.name}.act", x)
+        return self.down(x, noise, trace)
 
 
 class Block(nn.Module):
@@ -149,7 +166,7 @@ class Block(nn.Module):
         y, x = self.norm2.add(x, y)
         trace(f"{name}.shortcut1", x)
         trace(f"{name}.norm2", y)
-        y = self.drop(f"{name}.mlp.dropout", philox.MLP_SHORTCUT, self.mlp(y, trace), noise, trace)
+        y = self.drop(f"{name}.mlp.dropout", philox.MLP_SHORTCUT, self.mlp(y, noise, trace), noise, trace)
         x = x + y
         trace(f"{name}.shortcut2", x)
         return x
@@ -181,8 +198,8 @@ class GPT(nn.Module):
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.blocks = nn.ModuleList(Block(config, self.operators, i) for i in range(config.n_layers))
         self.final_norm = NORMS[config.norm](config, self.operators)
-        if not config.tie_embeddings:
-            self.head = Linear(config.emb_dim, config.vocab_size, bias=config.head_bias)
+        tied = config.tie_embeddings
+        self.head = Linear(config, "head", config.emb_dim, config.n_outputs, config.head_bias, tied=tied)
 
     def forward(
         self,
@@ -192,15 +209,14 @@ class GPT(nn.Module):
         positions: slice | torch.Tensor = slice(None),
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V), or those of `positions`, a slice or integers (B, P).
+        """tokens (B, T) int64 -> logits (B, T, V), or those of `positions`, a slice or integers (B, P); V is n_outputs.
 
         `noise(layer, site, shape, rate)` gives the noise of a dropout site (reference/philox.py), None: no dropout.
         `trace(name, tensor)` is called with each tensor in execution order. `cache`: of the tokens before these, to
         which these are added; without dropout.
         """
-        x = linear(self.hidden(tokens, noise, trace, positions, cache), *self.head_parameters())
-        trace("head", x)
-        return x
+        x = self.hidden(tokens, noise, trace, positions, cache)
+        return self.head(x, noise, trace, self.tok_emb.weight if self.config.tie_embeddings else None)
 
     def hidden(
         self,
@@ -238,8 +254,11 @@ class GPT(nn.Module):
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, noise: Any = None) -> torch.Tensor:
         """tokens and targets (B, T) -> mean cross entropy of the targets that are not -100."""
-        return self.operators.linear_cross_entropy(self.hidden(tokens, noise), *self.head_parameters(), targets)
+        if self.config.adapts("head"):
+            return self.operators.cross_entropy(self(tokens, noise), targets)
+        weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
+        return self.operators.linear_cross_entropy(self.hidden(tokens, noise), weight, self.head.bias, targets)
 
-    def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight (V, C) and bias (V,) or None of the projection to logits."""
-        return (self.tok_emb.weight, None) if self.config.tie_embeddings else (self.head.weight, self.head.bias)
+    def token_logps(self, tokens: torch.Tensor, targets: torch.Tensor, noise: Any = None) -> torch.Tensor:
+        """tokens and targets (B, T) -> log-probability of each target (B, T), 0 where it is -100."""
+        return token_logps(self(tokens, noise), targets)

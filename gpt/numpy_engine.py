@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from gpt import engine as face
 from gpt import memory
-from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Tensor, Trace
-from reference import cross_entropy, model, optim
+from gpt.engine import (
+    IGNORE,
+    Arrays,
+    Examples,
+    Noise,
+    NonFiniteError,
+    OptimizerConfig,
+    Preferences,
+    Tensor,
+    TokenLogps,
+    Trace,
+)
+from reference import cross_entropy, dpo, model, optim, orpo, token_logps
 from reference.cache import Cache
 from reference.config import GPTConfig
 
@@ -26,31 +38,41 @@ class NumpyEngine:
         face.check_arrays(params, config.parameter_shapes())
         self.config, self._dtype = config, dtype
         self._params = {name: np.array(params[name], dtype, order="C") for name in config.parameter_shapes()}
+        self.trained = face.trained_names(config, optimizer.trained)
+        learning = {name: self._params[name] for name in self.trained}
         self._optimizer = optim.AdamW(
-            self._params, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay
+            learning, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay
         )
         self._grads: Arrays = {}
         self._spare: Arrays = {}  # the last step's gradients: memory for the next one's
 
-    def loss(self, batch: Batch) -> float:
+    def loss(self, batch: Examples) -> float:
         face.check_batch(batch, self.config)
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the loss
             logits, _ = model.forward(self._params, self.config, batch.inputs, keep=False)
-            return float(cross_entropy.forward(logits, batch.targets)[0])
+            return float(_loss(logits, batch)[0])
 
-    def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
+    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> float:
         face.check_batch(batch, self.config)
         memory.keep_freed()
         with np.errstate(over="ignore", invalid="ignore"):
-            logits, saved = model.forward(self._params, self.config, batch.inputs, noise)
-            loss, saved_loss = cross_entropy.forward(logits, batch.targets)
+            logits, saved = model.forward(self._params, self.config, batch.inputs, noise, trained=self.trained)
+            loss, saved_loss = _loss(logits, batch)
         if not np.isfinite(loss):
             del logits, saved, saved_loss
             raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
-        dlogits = cross_entropy.backward(weight, saved_loss)
+        dlogits = _loss_gradient(weight, saved_loss, batch)
         del logits, saved_loss
         model.backward(dlogits, saved, self._grads, self._spare)
         return float(loss)
+
+    def token_logps(self, batch: Examples) -> TokenLogps:
+        face.check_tokens(batch.inputs, self.config)
+        logits, _ = model.forward(self._params, self.config, batch.inputs, keep=False)
+        logps, _ = token_logps.forward(logits, batch.targets)
+        chosen = np.take_along_axis(logits, np.maximum(batch.targets, 0)[..., None], axis=-1)[..., 0]
+        best = (chosen >= logits.max(axis=-1)) & (batch.targets != IGNORE)
+        return TokenLogps(logps.astype(np.float64), best)
 
     def gradients(self) -> Arrays:
         return self._grads
@@ -100,14 +122,42 @@ class NumpyEngine:
         return {"step": np.array(state["step"], np.int64)} | moments
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        face.check_arrays(state, face.optimizer_shapes(self.config))
+        face.check_arrays(state, face.optimizer_shapes(self.config, self.trained))
         self._optimizer.steps = int(np.asarray(state["step"]))
         for moment, arrays in (("m", self._optimizer.m), ("v", self._optimizer.v)):
             for name, array in arrays.items():
                 array[...] = state[f"{moment}.{name}"]
 
-    def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:
+    def trace(self, batch: Examples, trace: Trace, noise: Noise | None = None) -> None:
         logits, saved = model.forward(self._params, self.config, batch.inputs, noise, trace)
-        loss, saved_loss = cross_entropy.forward(logits, batch.targets)
+        loss, saved_loss = _loss(logits, batch)
         trace("loss", np.asarray(loss))
-        model.backward(cross_entropy.backward(1.0, saved_loss), saved, trace=trace)
+        model.backward(_loss_gradient(1.0, saved_loss, batch), saved, trace=trace)
+
+
+def _loss(logits: np.ndarray, batch: Examples) -> tuple[np.floating, Any]:
+    """logits (B, T, V) -> the mean loss of the batch, saved."""
+    if not isinstance(batch, Preferences):
+        return cross_entropy.forward(logits, batch.targets)
+    logps, saved_logps = token_logps.forward(logits, batch.targets)
+    sums = logps.sum(axis=1, dtype=np.float64)  # few numbers, whose differences count
+    if batch.objective == "dpo":
+        (chosen, rejected), (chosen0, rejected0) = sums.reshape(2, -1), np.asarray(batch.reference).reshape(2, -1)
+        loss, saved = dpo.forward(chosen, rejected, chosen0, rejected0, batch.beta)
+    else:
+        chosen, rejected = (sums / batch.lengths).reshape(2, -1)
+        loss, saved = orpo.forward(chosen, rejected, batch.beta)
+    return loss, (saved, saved_logps)
+
+
+def _loss_gradient(weight: float, saved: Any, batch: Examples) -> np.ndarray:
+    """The gradient of `weight` times the loss with respect to the logits (B, T, V)."""
+    if not isinstance(batch, Preferences):
+        return cross_entropy.backward(weight, saved)
+    saved, saved_logps = saved
+    if batch.objective == "dpo":
+        dsums = np.concatenate(dpo.backward(weight, saved))
+    else:
+        dsums = np.concatenate(orpo.backward(weight, saved)) / batch.lengths
+    dtype = saved_logps[1].dtype
+    return token_logps.backward(np.repeat(dsums.astype(dtype)[:, None], batch.targets.shape[1], axis=1), saved_logps)

@@ -152,6 +152,13 @@ def cached_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped)
 
 
+def lora(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, rate: float = 0.0, noise: Any = None
+) -> torch.Tensor:
+    """x (..., I), a (r, I), b (O, r) -> (..., O), as reference.lora."""
+    return F.linear(F.linear(dropout(x, rate, noise), a) * scale, b)
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """logits (..., V), targets (...) -> mean over counted targets, 0 if none counts."""
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="sum")
@@ -163,6 +170,33 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """x (..., C), weight (V, C), bias (V,) or None, targets (...) -> `cross_entropy` of the projection of x."""
     return cross_entropy(F.linear(x, weight, bias), targets, ignore_index)
+
+
+def token_logps(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """logits (..., V), targets (...) -> log-probability of each target, 0 where it does not count."""
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="none")
+    return -losses.view(targets.shape)
+
+
+def dpo(
+    chosen: torch.Tensor, rejected: torch.Tensor, chosen0: torch.Tensor, rejected0: torch.Tensor, beta: float = 0.1
+) -> torch.Tensor:
+    """Log-probabilities of answers, (P,) each -> loss, as reference.dpo."""
+    return F.softplus(-beta * ((chosen - chosen0) - (rejected - rejected0))).mean()
+
+
+def orpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
+    """Mean log-probabilities of a token of answers, (P,) each -> loss, as reference.orpo.
+
+    What autograd makes of log(1 - e^a) is infinity times 0 where an answer is nearly sure, so its gradient is given, as
+    the loss of a linear function that has this gradient, and the value beside it.
+    """
+    a, b = chosen.detach(), rejected.detach()
+    qa, qb = ((-torch.expm1(x)).clamp(min=torch.finfo(x.dtype).tiny) for x in (a, b))
+    r = torch.exp(a - b)
+    value = beta * F.softplus(-((a - b) - (qa.log() - qb.log()))) - a
+    da, db = -1 - beta / (qa + r * qb), beta / (1 + r * (qb / qa)) / qb
+    return (value + da * (chosen - a) + db * (rejected - b)).mean()
 
 
 def _keep(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:

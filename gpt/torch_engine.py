@@ -10,10 +10,21 @@ import torch
 from gpt import engine as face
 from gpt.cache import Cache
 from gpt.devices import available_devices
-from gpt.engine import Arrays, Batch, Noise, NonFiniteError, OptimizerConfig, Tensor, Trace
+from gpt.engine import (
+    IGNORE,
+    Arrays,
+    Examples,
+    Noise,
+    NonFiniteError,
+    OptimizerConfig,
+    Preferences,
+    Tensor,
+    TokenLogps,
+    Trace,
+)
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.ops import choose, separate
+from gpt.ops import choose, dpo, orpo, separate, token_logps
 from reference.config import GPTConfig
 
 
@@ -40,44 +51,73 @@ class TorchEngine:
         self.model = model.to_empty(device=self.device).to(getattr(torch, dtype))
         self._params = dict(self.model.named_parameters())
         self.load_parameters(params)
-        matrices = [p for p in self._params.values() if p.ndim >= 2 or optimizer.decay == "all"]
-        others = [p for p in self._params.values() if p.ndim < 2 and optimizer.decay != "all"]
-        groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}]
-        if others:
-            groups.append({"params": others, "weight_decay": 0.0})
+        self.trained = face.trained_names(config, optimizer.trained)
+        for name, p in self._params.items():
+            p.requires_grad_(name in self.trained)
+        self._trained = {name: self._params[name] for name in self.trained}
+        matrices = [p for p in self._trained.values() if p.ndim >= 2 or optimizer.decay == "all"]
+        others = [p for p in self._trained.values() if p.ndim < 2 and optimizer.decay != "all"]
+        decays = (matrices, optimizer.weight_decay), (others, 0.0)
+        groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
         self._lower = getattr(torch, precision) if precision in ("bfloat16", "float16") else None
         if precision == "tf32":  # says nothing to a CPU
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
+        self._logps = torch.compile(self.model.token_logps) if compile else self.model.token_logps
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
 
-    def loss(self, batch: Batch) -> float:
+    def loss(self, batch: Examples) -> float:
         face.check_batch(batch, self.config)
         with torch.no_grad(), self._autocast():
-            return float(self._loss(*self._to_device(batch)))
+            return float(self._mean_loss(batch))
 
-    def accumulate(self, batch: Batch, weight: float = 1.0, noise: Noise | None = None) -> float:
+    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> float:
         face.check_batch(batch, self.config)
         with self._autocast():
-            loss = self._loss(*self._to_device(batch), noise)
+            loss = self._mean_loss(batch, noise)
         if not torch.isfinite(loss):
             raise NonFiniteError(f"loss is {loss.item()}, first in {face.first_non_finite(self, batch, noise)}")
         self._scaler.scale(loss * weight).backward()
         return loss.item()
 
+    def _mean_loss(self, batch: Examples, noise: Noise | None = None) -> torch.Tensor:
+        if isinstance(batch, Preferences):
+            return self._preference_loss(batch, self._logps(*self._to_device(batch), noise))
+        return self._loss(*self._to_device(batch), noise)
+
+    def _preference_loss(self, batch: Preferences, logps: torch.Tensor) -> torch.Tensor:
+        """logps (2 P, T) -> the loss, in float64: few numbers, whose differences count."""
+        sums = logps.sum(dim=1, dtype=torch.float64)
+        if batch.objective == "dpo":
+            chosen0, rejected0 = torch.from_numpy(np.asarray(batch.reference, np.float64)).to(self.device).chunk(2)
+            chosen, rejected = sums.chunk(2)
+            return dpo(chosen, rejected, chosen0, rejected0, batch.beta)
+        chosen, rejected = (sums / torch.from_numpy(batch.lengths).to(self.device)).chunk(2)
+        return orpo(chosen, rejected, batch.beta)
+
+    def token_logps(self, batch: Examples) -> TokenLogps:
+        face.check_tokens(batch.inputs, self.config)
+        inputs, targets = self._to_device(batch)
+        with torch.inference_mode(), self._autocast():
+            logits = self.model(inputs)
+            logps = token_logps(logits, targets)
+            chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            best = (chosen >= logits.amax(dim=-1)) & (targets != IGNORE)
+        return TokenLogps(logps.double().cpu().numpy(), best.cpu().numpy())
+
     def gradients(self) -> Arrays:
         scale = self._scaler.get_scale()
-        grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
         return {name: (grad / scale if scale != 1 else grad).cpu().numpy() for name, grad in grads.items()}
 
     def gradient_norm(self) -> float:
-        grads = [p.grad for p in self._params.values() if p.grad is not None]
+        grads = [p.grad for p in self._trained.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads).item() / self._scaler.get_scale()
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
         self._scaler.unscale_(self._optimizer)
-        grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
         total = torch.nn.utils.get_total_norm(grads.values())
         norm = total.item()
         if not np.isfinite(norm) and not self._scaler.is_enabled():  # else the scale was too large: no step, and less
@@ -85,7 +125,7 @@ class TorchEngine:
             where = wrong[0] if wrong else "its sum of squares"
             raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
         if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._params.values(), max_norm, total)
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), max_norm, total)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._scaler.step(self._optimizer)
@@ -128,7 +168,7 @@ class TorchEngine:
 
     def optimizer_state(self) -> Arrays:
         state: Arrays = {"step": np.array(0, np.int64)}
-        for name, p in self._params.items():
+        for name, p in self._trained.items():
             of_parameter = self._optimizer.state.get(p, {})
             for moment, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
                 state[f"{moment}.{name}"] = of_parameter.get(key, torch.zeros_like(p)).detach().cpu().numpy()
@@ -137,15 +177,15 @@ class TorchEngine:
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        face.check_arrays(state, face.optimizer_shapes(self.config))
-        for name, p in self._params.items():
+        face.check_arrays(state, face.optimizer_shapes(self.config, self.trained))
+        for name, p in self._trained.items():
             m, v = (
                 torch.tensor(np.asarray(state[f"{moment}.{name}"]), dtype=p.dtype, device=p.device) for moment in "mv"
             )
             step = torch.tensor(float(np.asarray(state["step"])))
             self._optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
 
-    def trace(self, batch: Batch, trace: Trace, noise: Noise | None = None) -> None:
+    def trace(self, batch: Examples, trace: Trace, noise: Noise | None = None) -> None:
         def note(name: str, tensor: torch.Tensor) -> None:
             trace(name, tensor.detach().cpu().numpy())
 
@@ -155,18 +195,23 @@ class TorchEngine:
             tensor.register_hook(note_gradient)
 
         inputs, targets = self._to_device(batch)
+        params = {name: p.detach().requires_grad_() for name, p in self._params.items()}  # the frozen ones too
         with torch.device("meta"):
             model = GPT(self.config, separate(self.model.operators))
-        logits = torch.func.functional_call(model, dict[str, torch.Tensor](self._params), (inputs, noise, note))
-        loss = self.model.operators.cross_entropy(logits, targets)
+        logits = torch.func.functional_call(model, dict[str, torch.Tensor](params), (inputs, noise, note))
+        if isinstance(batch, Preferences):
+            loss = self._preference_loss(batch, token_logps(logits, targets))
+        else:
+            loss = self.model.operators.cross_entropy(logits, targets)
         trace("loss", loss.detach().cpu().numpy())
-        torch.autograd.grad(loss, list(self._params.values()))
+        torch.autograd.grad(loss, list(params.values()))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._lower, enabled=self._lower is not None)
 
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = (torch.from_numpy(np.asarray(array, np.int64)).to(self.device) for array in batch)
+    def _to_device(self, batch: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        both = batch.inputs, batch.targets
+        inputs, targets = (torch.from_numpy(np.asarray(array, np.int64)).to(self.device) for array in both)
         return inputs, targets
 
 

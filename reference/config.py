@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from reference.lora import LoRA
 from reference.rope import Scaling
 
 CHOICES = {
@@ -22,7 +23,8 @@ RATES = ("emb_dropout", "shortcut_dropout", "attn_dropout")
 class GPTConfig:
     """Sizes and choices of one model. An impossible combination raises ValueError with the field's name.
 
-    `n_kv_heads`, `head_dim` and `mlp_dim` may be left 0: they become `n_heads`, `emb_dim // n_heads` and `4 * emb_dim`.
+    `n_kv_heads`, `head_dim`, `mlp_dim` and `n_outputs` may be left 0: they become `n_heads`, `emb_dim // n_heads`,
+    `4 * emb_dim` and `vocab_size`.
     """
 
     vocab_size: int
@@ -44,14 +46,16 @@ class GPTConfig:
     bias: bool = True  # of the output projection, the MLP and layer norms
     head_bias: bool = False
     tie_embeddings: bool = False  # the output head is the token embedding
+    n_outputs: int = 0  # of the head: fewer than tokens where it tells classes apart
     emb_dropout: float = 0.0
     shortcut_dropout: float = 0.0
     attn_dropout: float = 0.0
+    lora: LoRA | None = None  # low-rank adapters beside the linear layers; may be given as a mapping
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_layers", "n_heads"):
             self._require_int(name, at_least=1)
-        for name in ("n_kv_heads", "head_dim", "mlp_dim"):
+        for name in ("n_kv_heads", "head_dim", "mlp_dim", "n_outputs"):
             self._require_int(name, at_least=0)
         if not self.head_dim and self.emb_dim % self.n_heads:
             raise ValueError(
@@ -78,20 +82,42 @@ class GPTConfig:
                 raise ValueError(f"{name}: {value!r} is not a positive number")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} is odd, and rope turns pairs of entries")
-        if isinstance(self.rope_scaling, dict):
-            try:
-                object.__setattr__(self, "rope_scaling", Scaling(**self.rope_scaling))
-            except TypeError as error:
-                raise ValueError(f"rope_scaling: {error}") from None
-        if not isinstance(self.rope_scaling, Scaling | None):
-            raise ValueError(f"rope_scaling: {self.rope_scaling!r} is no mapping of its numbers")
+        self._nest("rope_scaling", Scaling)
+        self._nest("lora", LoRA)
         if self.tie_embeddings and self.head_bias:
             raise ValueError("head_bias: a head tied to the token embedding has no bias")
+        if self.tie_embeddings and self.n_outputs != self.vocab_size:
+            raise ValueError(
+                f"n_outputs: {self.n_outputs}, but a head tied to the token embedding has one for each of the "
+                f"{self.vocab_size} tokens"
+            )
+        if self.lora and not set(self.lora.targets) & set(self._linear_layers()):
+            raise ValueError(f"lora targets: this model has none of {', '.join(self.lora.targets)}")
 
     def _require_int(self, name: str, at_least: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
             raise ValueError(f"{name}: {value!r} is not a whole number of at least {at_least}")
+
+    def _nest(self, name: str, kind: type) -> None:
+        """Make the settings of a nested dataclass, given as a mapping, one of it."""
+        value = getattr(self, name)
+        if isinstance(value, dict):
+            try:
+                object.__setattr__(self, name, kind(**value))
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if not isinstance(getattr(self, name), kind | None):
+            raise ValueError(f"{name}: {value!r} is no mapping of its settings")
+
+    def _linear_layers(self) -> tuple[str, ...]:
+        """What linear layers a block has, and the head."""
+        gate = ("gate",) if self.mlp == "swiglu" else ()
+        return ("query", "key", "value", "out", *gate, "up", "down", "head")
+
+    def adapts(self, layer: str) -> bool:
+        """Whether a linear layer, by its full name such as blocks.0.attn.query, has a low-rank adapter beside it."""
+        return self.lora is not None and layer.rpartition(".")[2] in self.lora.targets
 
     def _derived(self) -> dict[str, int]:
         """What a size that was left 0 becomes."""
@@ -99,6 +125,7 @@ class GPTConfig:
             "n_kv_heads": self.n_heads,
             "head_dim": self.emb_dim // self.n_heads,
             "mlp_dim": 4 * self.emb_dim,
+            "n_outputs": self.vocab_size,
         }
 
     @classmethod
@@ -136,7 +163,10 @@ class GPTConfig:
         return GPTConfig.from_dict({**kept, **changes})
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every parameter, in the order the forward pass meets them. Weights are (out, in)."""
+        """Name -> shape of every parameter, in the order the forward pass meets them. Weights are (out, in).
+
+        A low-rank adapter's are NAME.lora_a (rank, in) and NAME.lora_b (out, rank), after its layer's.
+        """
         emb, q_dim, kv_dim = self.emb_dim, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "tok_emb.weight": (self.vocab_size, emb),
@@ -144,10 +174,14 @@ class GPTConfig:
         if self.position == "learned":
             shapes["pos_emb.weight"] = (self.context_length, emb)
 
-        def linear(name: str, d_out: int, d_in: int, bias: bool) -> None:
-            shapes[f"{name}.weight"] = (d_out, d_in)
+        def linear(name: str, d_out: int, d_in: int, bias: bool, tied: bool = False) -> None:
+            if not tied:
+                shapes[f"{name}.weight"] = (d_out, d_in)
             if bias:
                 shapes[f"{name}.bias"] = (d_out,)
+            if self.lora and self.adapts(name):
+                shapes[f"{name}.lora_a"] = (self.lora.rank, d_in)
+                shapes[f"{name}.lora_b"] = (d_out, self.lora.rank)
 
         def norm(name: str) -> None:
             shapes[f"{name}.weight"] = (emb,)
@@ -167,8 +201,7 @@ class GPTConfig:
             linear(f"{block}.mlp.up", self.mlp_dim, emb, self.bias)
             linear(f"{block}.mlp.down", emb, self.mlp_dim, self.bias)
         norm("final_norm")
-        if not self.tie_embeddings:
-            linear("head", self.vocab_size, emb, self.head_bias)
+        linear("head", self.n_outputs, emb, self.head_bias, tied=self.tie_embeddings)
         return shapes
 
     @property

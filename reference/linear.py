@@ -23,12 +23,17 @@ def forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
 
 
 def backward(
-    dy: np.ndarray, saved: Any, out: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """dy (..., O) -> dx (..., I), dweight (O, I), dbias (O,) or None. `out`: an array that dweight is written to."""
+    dy: np.ndarray, saved: Any, out: np.ndarray | None = None, frozen: bool = False
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """dy (..., O) -> dx (..., I), dweight (O, I), dbias (O,) or None. `out`: an array that dweight is written to.
+
+    Of a `frozen` layer dx alone.
+    """
     x, weight, has_bias = saved
     dy_rows = dy.reshape(-1, dy.shape[-1])
     x_rows = x.reshape(-1, x.shape[-1])
     dx = (dy_rows @ weight).reshape(x.shape)
+    if frozen:
+        return dx, None, None
     dweight = np.matmul(dy_rows.T, x_rows, out=out)
     return dx, dweight, pieces.sum_rows(dy_rows) if has_bias else None

@@ -4,12 +4,12 @@ A block (pre-norm, Radford et al. 2019, section 2.3):    x = x + attn(norm1(x)) 
 
 Where a value is used twice its gradients add up: at the shortcuts, and in an embedding table that is the head as well.
 Parameters are a flat mapping from name to array; `forward` keeps what each operation saved under that operation's name,
-and `backward` takes it from there, in reverse.
+and `backward` takes it from there, in reverse, down to the first parameter that is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from reference import (
     init,
     layer_norm,
     linear,
+    lora,
     philox,
     rms_norm,
     rope,
@@ -47,6 +48,7 @@ def forward(
     positions: slice | np.ndarray = slice(None),
     keep: bool = True,
     cache: Cache | None = None,
+    trained: Collection[str] | None = None,
 ) -> tuple[np.ndarray, Any]:
     """tokens (B, T) of integers -> logits (B, T, V), saved.
 
@@ -54,31 +56,42 @@ def forward(
     `positions`: those whose logits are wanted, such as slice(-1, None) to predict the next token, or integers (B, P).
     `keep` False: nothing is saved for a gradient, and memory is free again as soon as a layer is done with it.
     `cache`: of the tokens before these, to which these are added; without dropout, and no gradient is taken through it.
+    `trained`: the names of the parameters that will get gradients, None for all; below the first nothing is saved.
     """
     B, T = tokens.shape
     starts = np.zeros(1, np.int64) if cache is None else cache.lengths
     if (longest := int(starts.max()) + T) > config.context_length:
         raise ValueError(f"tokens: {longest} positions, more than the context length of {config.context_length}")
     saved: dict[str, Any] = {}
+    first = first_trained(config, trained)
+    keeping = keep and first < 0
 
     def note(name: str, y: np.ndarray) -> np.ndarray:
         if trace:
             trace(name, y)
         return y
 
-    def run(name: str, layer: Any, *arguments: Any) -> np.ndarray:
+    def compute(name: str, layer: Any, *arguments: Any) -> np.ndarray:
         y, of_layer = layer.forward(*arguments)
-        if keep:
+        if keeping:
             saved[name] = of_layer
-        return note(name, y)
+        return y
+
+    def run(name: str, layer: Any, *arguments: Any) -> np.ndarray:
+        return note(name, compute(name, layer, *arguments))
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
         if config.norm == "rms_norm":
             return run(name, rms_norm, x, params[f"{name}.weight"], config.norm_eps)
         return run(name, layer_norm, x, params[f"{name}.weight"], params.get(f"{name}.bias"), config.norm_eps)
 
-    def project(name: str, x: np.ndarray) -> np.ndarray:
-        return run(name, linear, x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+    def project(name: str, x: np.ndarray, weight: str = "", layer: int = 0) -> np.ndarray:
+        y = compute(name, linear, x, params[weight or f"{name}.weight"], params.get(f"{name}.bias"))
+        if config.lora and config.adapts(name):
+            a, b, rate = params[f"{name}.lora_a"], params[f"{name}.lora_b"], config.lora.dropout
+            here = noise(layer, lora.SITES[name.rpartition(".")[2]], x.shape, rate) if rate and noise else None
+            y += run(f"{name}.lora", lora, x, a, b, config.lora.scale, rate, here)
+        return note(name, y)
 
     def drop(name: str, layer: int, site: int, rate: float, x: np.ndarray) -> np.ndarray:
         if not rate or noise is None:
@@ -90,7 +103,7 @@ def forward(
 
     def attend(i: int, x: np.ndarray) -> np.ndarray:
         name, rate = f"blocks.{i}.attn", config.attn_dropout
-        q, k, v = (heads(project(f"{name}.{part}", x)) for part in ("query", "key", "value"))
+        q, k, v = (heads(project(f"{name}.{part}", x, layer=i)) for part in ("query", "key", "value"))
         if config.position == "rope":
             q = run(f"{name}.query.rope", rope, q, *turns, config.rope_interleaved)
             k = run(f"{name}.key.rope", rope, k, *turns, config.rope_interleaved)
@@ -99,16 +112,18 @@ def forward(
             y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
         else:
             y = run(f"{name}.heads", cached_attention, q, *cache.store(i, k, v), starts)
-        y = project(f"{name}.out", y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        y = project(f"{name}.out", y.transpose(0, 2, 1, 3).reshape(B, T, -1), layer=i)
         return drop(f"{name}.dropout", i, philox.ATTENTION_SHORTCUT, config.shortcut_dropout, y)
 
     def feed_forward(i: int, x: np.ndarray) -> np.ndarray:
         name = f"blocks.{i}.mlp"
         if config.mlp == "swiglu":
-            x = run(f"{name}.act", swiglu, project(f"{name}.gate", x), project(f"{name}.up", x))
+            gate, up = (project(f"{name}.{part}", x, layer=i) for part in ("gate", "up"))
+            x = run(f"{name}.act", swiglu, gate, up)
         else:
-            x = run(f"{name}.act", gelu, project(f"{name}.up", x), GELU[config.mlp])
-        return drop(f"{name}.dropout", i, philox.MLP_SHORTCUT, config.shortcut_dropout, project(f"{name}.down", x))
+            x = run(f"{name}.act", gelu, project(f"{name}.up", x, layer=i), GELU[config.mlp])
+        x = project(f"{name}.down", x, layer=i)
+        return drop(f"{name}.dropout", i, philox.MLP_SHORTCUT, config.shortcut_dropout, x)
 
     x = run("tok_emb", embedding, tokens, params["tok_emb.weight"])
     places = np.arange(T) if cache is None else starts[:, None] + np.arange(T)
@@ -118,12 +133,22 @@ def forward(
         turns = rope.angles(places, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
     x = drop("emb.dropout", 0, philox.EMBEDDING, config.emb_dropout, x)
     for i in range(config.n_layers):
+        keeping = keep and first <= i
         x = note(f"blocks.{i}.shortcut1", x + attend(i, norm(f"blocks.{i}.norm1", x)))
         x = note(f"blocks.{i}.shortcut2", x + feed_forward(i, norm(f"blocks.{i}.norm2", x)))
     chosen = x[:, positions] if isinstance(positions, slice) else np.take_along_axis(x, positions[..., None], axis=1)
+    keeping = keep
     x = norm("final_norm", chosen)
-    head = params["tok_emb.weight" if config.tie_embeddings else "head.weight"]
-    return run("head", linear, x, head, params.get("head.bias")), (config, saved, positions, (B, T))
+    logits = project("head", x, "tok_emb.weight" if config.tie_embeddings else "")
+    return logits, (config, saved, positions, (B, T), trained)
+
+
+def first_trained(config: GPTConfig, trained: Collection[str] | None) -> int:
+    """The first block with a parameter among `trained`: -1 if an embedding is, n_layers if none but what follows."""
+    if trained is None:
+        return -1
+    blocks = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
+    return -1 if any("emb" in name for name in trained) else min(blocks, default=config.n_layers)
 
 
 def backward(
@@ -138,7 +163,7 @@ def backward(
     `spare`: arrays by parameter name whose contents are no longer needed; a weight's gradient is written there rather
     than to fresh memory. Each is taken out of the mapping when it is used.
     """
-    config, saved, positions, (B, T) = saved
+    config, saved, positions, (B, T), trained = saved
     grads = {} if grads is None else grads
     spare = {} if spare is None else spare
 
@@ -147,8 +172,11 @@ def backward(
             trace(f"d.{name}", dy)
         return dy
 
+    def learns(name: str) -> bool:
+        return trained is None or name in trained
+
     def add(name: str, gradient: np.ndarray | None) -> None:
-        if gradient is not None:
+        if gradient is not None and learns(name):
             if name in grads:
                 grads[name] += gradient
             else:
@@ -167,17 +195,26 @@ def backward(
     def project(name: str, dy: np.ndarray, weight: str = "") -> np.ndarray:
         weight = weight or f"{name}.weight"
         out = None if weight in grads else spare.pop(weight, None)
-        dx, dweight, dbias = linear.backward(note(name, dy), saved[name], out)
+        frozen = not learns(weight) and not learns(f"{name}.bias")
+        dx, dweight, dbias = linear.backward(note(name, dy), saved[name], out, frozen)
         add(weight, dweight)
         add(f"{name}.bias", dbias)
+        if f"{name}.lora" in saved:
+            dx_lora, da, db = lora.backward(note(f"{name}.lora", dy), saved[f"{name}.lora"])
+            add(f"{name}.lora_a", da)
+            add(f"{name}.lora_b", db)
+            dx += dx_lora
         return dx
 
     def embed(name: str, dy: np.ndarray) -> None:
         weight = f"{name}.weight"
+        note(name, dy)
+        if not learns(weight):
+            return
         if weight not in grads and weight in spare:
             grads[weight] = spare.pop(weight)
             grads[weight].fill(0)
-        grads[weight] = embedding.backward(note(name, dy), saved[name], grads.get(weight))
+        grads[weight] = embedding.backward(dy, saved[name], grads.get(weight))
 
     def drop(name: str, dy: np.ndarray) -> np.ndarray:
         return dropout.backward(note(name, dy), saved[name]) if name in saved else dy
@@ -210,11 +247,14 @@ def backward(
     if dx.shape[1] < T:
         dx_chosen, dx = dx, np.zeros((B, T, dx.shape[2]), dx.dtype)
         dx[:, positions] = dx_chosen
-    for i in reversed(range(config.n_layers)):
+    first = first_trained(config, trained)
+    for i in reversed(range(max(first, 0), config.n_layers)):
         note(f"blocks.{i}.shortcut2", dx)
         dx += norm(f"blocks.{i}.norm2", feed_forward(i, dx))
         note(f"blocks.{i}.shortcut1", dx)
         dx += norm(f"blocks.{i}.norm1", attend(i, dx))
+    if first >= 0:
+        return grads  # what lies below learns nothing
     dx = drop("emb.dropout", dx)
     if config.position == "learned":
         dx = note("emb", dx)

@@ -19,6 +19,7 @@ from gpt.parity.laws import DIFFERENCES, EXACT, relative
 from reference import cross_entropy, model
 from reference.config import GPTConfig
 from reference.gradcheck import numeric_gradient
+from reference.lora import LoRA
 from reference.philox import PhiloxNoise
 from reference.rope import Scaling
 
@@ -27,7 +28,7 @@ KEY_BIAS_NOTE = "true gradient 0, measured against its weight's"
 LOCKSTEP = {"float64": 1e-12, "float32": 1e-6}  # the loss, at every step
 
 # Between them: tied and untied, grouped heads and not, every bias on and off, all activations, norms and positions,
-# dropout at all places.
+# dropout at all places, adapters and frozen parameters.
 CONFIGS: dict[str, GPTConfig] = {
     "tied": GPTConfig(
         vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=3, head_dim=7, mlp_dim=33, qkv_bias=True,
@@ -43,12 +44,26 @@ CONFIGS: dict[str, GPTConfig] = {
         norm="rms_norm", norm_eps=1e-3, mlp="swiglu", position="rope", rope_theta=100.0, rope_interleaved=True,
         rope_scaling=Scaling(4.0, 1.0, 4.0, 8), bias=False, emb_dropout=0.1, shortcut_dropout=0.15, attn_dropout=0.2,
     ),
+    "adapted": GPTConfig(
+        vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=3, head_dim=7, mlp_dim=33, qkv_bias=True,
+        tie_embeddings=True, lora=LoRA(rank=3, alpha=5.0, dropout=0.2),
+        emb_dropout=0.1, shortcut_dropout=0.15, attn_dropout=0.2,
+    ),
+    "classifier": GPTConfig(
+        vocab_size=37, context_length=16, emb_dim=20, n_layers=3, n_heads=3, head_dim=7, mlp_dim=33, head_bias=True,
+        n_outputs=5, lora=LoRA(rank=2, alpha=1.5, scaling="alpha", targets=("value", "mlp")),
+        emb_dropout=0.1, shortcut_dropout=0.15, attn_dropout=0.2,
+    ),
     "no-bias": GPTConfig(
         vocab_size=37, context_length=16, emb_dim=20, n_layers=2, n_heads=3, mlp_dim=33, head_dim=7, bias=False,
         emb_dropout=0.1, shortcut_dropout=0.15, attn_dropout=0.2,
     ),
 }  # fmt: skip
-OPTIMIZERS = {"tied": OptimizerConfig(decay="matrices"), "untied": OptimizerConfig(betas=(0.8, 0.95))}
+OPTIMIZERS = {
+    "tied": OptimizerConfig(decay="matrices"),
+    "untied": OptimizerConfig(betas=(0.8, 0.95)),
+    "classifier": OptimizerConfig(trained=("blocks.1.*", "blocks.2.*.lora_?", "final_norm.*", "head.*")),
+}
 MAX_NORM = 0.7  # below the first steps' norms, so that they are clipped
 SEED = 7
 KERNEL_STEPS = 3  # each takes seconds in Triton's interpreter
@@ -70,7 +85,7 @@ def batch(config: GPTConfig, step: int = 0) -> Batch:
     """Tokens that follow each other by a rule, so that there is something to learn; a few targets do not count."""
     rng = np.random.default_rng([SEED, step])
     tokens = (rng.integers(config.vocab_size, size=(5, 1)) + 3 * np.arange(14)) % config.vocab_size
-    targets = np.where(rng.random((5, 13)) < 0.2, IGNORE, tokens[:, 1:])
+    targets = np.where(rng.random((5, 13)) < 0.2, IGNORE, tokens[:, 1:] % config.n_outputs)
     return Batch(tokens[:, :-1], targets)
 
 

@@ -283,6 +283,28 @@ def linear_cross_entropy(
     return {**arguments, "targets": rng.permutation(targets), "ignore_index": -100}
 
 
+def token_logps(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    return cross_entropy(rng, case, ignored=0.4)
+
+
+def lora(rng: np.random.Generator, case: Case, rate: float = 0.0) -> dict[str, Any]:
+    O, r, *shape = case.size  # noqa: E741
+    noise = (int(rng.integers(1 << 62)), 5) if rate else None
+    both = {"a": weights(rng, r, shape[-1]), "b": weights(rng, O, r)}
+    return {"x": values(rng, tuple(shape), case), **both, "scale": 0.7, "rate": rate, "noise": noise}
+
+
+def dpo(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    names = "chosen", "rejected", "chosen0", "rejected0"
+    return {**{name: -8 * case.scale * rng.exponential(size=case.size) for name in names}, "beta": 0.3}
+
+
+def orpo(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    """Mean log-probabilities below 0; not so near to it, beside the others, that a difference would cross it."""
+    chosen, rejected = (-case.scale * rng.uniform(0.3, 3, case.size) for _ in range(2))
+    return {"chosen": chosen, "rejected": rejected, "beta": 0.3}
+
+
 # Sizes: one row, one column, ranks 1 to 4, no multiple of a block, other layouts, values of +-1e4.
 SHAPES = (
     *map(Case, [(37,), (1, 19), (23, 1), (5, 7), (3, 5, 11), (2, 3, 5, 7), (67, 131)]),
@@ -295,6 +317,15 @@ SHAPES = (
 LARGE_SHAPES = (Case((67, 259)), Case((3, 65, 127)), Case((129, 64), scale=1e4))
 LINEAR = (*(dataclasses.replace(case, size=(6, *case.size)) for case in SHAPES), Case((1, 5, 7)), Case((130, 67, 3)))
 LARGE_LINEAR = (Case((131, 67, 259)), Case((77, 3, 65, 127)), Case((67, 129, 64), scale=1e4))
+# A product of three inputs bends: a step of 1e-5 of x is no small one beside a and b where x is 1e4.
+LORA = (
+    *(dataclasses.replace(case, size=(6, 4, *case.size)) for case in SHAPES[:-1]),
+    Case((6, 4, 7, 11), scale=100.0),
+    Case((130, 16, 67, 3)),
+)
+LARGE_LORA = (Case((131, 16, 67, 259)), Case((77, 16, 3, 65, 127)), Case((67, 9, 129, 64), scale=1e4))
+PAIRS = (*(Case((n,)) for n in (1, 2, 5, 37)), Case((11,), "sliced"), Case((7,), scale=10.0), Case((7,), scale=0.01))
+LARGE_PAIRS = (Case((59,)), Case((31,), scale=10.0), Case((31,), scale=0.1))
 EMBEDDING = (
     *map(Case, [(7, 5, 11), (1, 3, 4), (6, 1, 13), (11, 5, 2, 3), (5, 7, 2, 3, 4), (3, 2, 1), (131, 67, 3, 65)]),
     Case((13, 29, 31), "transposed"),
@@ -354,6 +385,7 @@ CACHED = (laws.own_keys, laws.rows_alone)
 ORTHOGONAL = (laws.adjoint, laws.orthogonal_to_constants, laws.orthogonal_to_normalized)
 TURNS = (laws.adjoint, laws.pairs_turned, laws.relative_positions)
 QKV, XWB, XRWB = ("q", "k", "v"), ("x", "weight", "bias"), ("x", "residual", "weight", "bias")
+PREFERENCE = (laws.adjoint,)
 ODD, LOGITS = (laws.adjoint, laws.odd_part), (laws.adjoint, laws.logit_shift)
 
 # name, layer, arguments, differentiated, cases, cases for rounding, laws, how many times PyTorch's rounding error,
@@ -433,6 +465,13 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
             ("loss",),
         )
         for name, share in (("cross_entropy-ignored", 0.4), ("cross_entropy-all-ignored", 1.0))
+    ),
+    ("token_logps", "token_logps", token_logps, ("logits",), TARGETS, LARGE_TARGETS, LOGITS),
+    ("lora", "lora", lora, ("x", "a", "b"), LORA, LARGE_LORA, ADJOINT),
+    ("lora-dropout", "lora", partial(lora, rate=0.3), ("x", "a", "b"), LORA, LARGE_LORA, ADJOINT),
+    *(
+        (name, name, draw, ("chosen", "rejected"), PAIRS, LARGE_PAIRS, PREFERENCE, 2.0, ("loss",))
+        for name, draw in (("dpo", dpo), ("orpo", orpo))
     ),
     *(
         (

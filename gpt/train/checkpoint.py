@@ -117,7 +117,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     check_version(path / TRAINER, version)
     model = read_model(path / MODEL)
     optimizer, _ = read_safetensors(path / OPTIMIZER)
-    check_shapes(path / OPTIMIZER, optimizer, optimizer_shapes(model.config))
+    trained = [name.removeprefix("m.") for name in optimizer if name.startswith("m.")]
+    if unknown := [name for name in trained if name not in model.params]:
+        raise UserError(f"{path / OPTIMIZER}: {unknown[0]} is no parameter of the model beside it")
+    check_shapes(path / OPTIMIZER, optimizer, optimizer_shapes(model.config, trained))
     return Checkpoint(path, model, optimizer, state)
 
 
