@@ -47,6 +47,11 @@ class Batch(NamedTuple):
         """How many targets count in the mean loss."""
         return int(np.count_nonzero(self.targets != IGNORE))
 
+    @property
+    def examples(self) -> int:
+        """How many texts these are."""
+        return len(self.inputs)
+
 
 class Preferences(NamedTuple):
     """Pairs of answers to learn from: the chosen answers to P prompts, and after them the rejected ones, in order."""
@@ -61,6 +66,11 @@ class Preferences(NamedTuple):
     def counted(self) -> int:
         """How many pairs count in the mean loss."""
         return len(self.inputs) // 2
+
+    @property
+    def examples(self) -> int:
+        """How many pairs these are."""
+        return self.counted
 
     @property
     def lengths(self) -> np.ndarray:

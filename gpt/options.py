@@ -155,13 +155,14 @@ def _options(cls: Any, prefix: str = "") -> Iterator[_Option]:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """Field -> the string that stands below it in the source."""
-    definition: Any = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    """Field -> the string that stands below it in the source, or in that of a class it is derived from."""
     docs = {}
-    for pair in itertools.pairwise(definition.body):
-        match pair:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
+    for part in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        definition: Any = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        for pair in itertools.pairwise(definition.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 

@@ -72,6 +72,7 @@ def save_checkpoint(
     config: GPTConfig,
     tokenizer: Mapping[str, Any] | None = None,
     optimizer: Arrays | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of step `state["step"]` and remove the older ones of its kind. Returns its folder.
 
@@ -84,7 +85,7 @@ def save_checkpoint(
     part = run_dir / f".{path.name}.{os.getpid()}.tmp"
     try:
         part.mkdir(parents=True)
-        write_model(part / MODEL, params, config, tokenizer)
+        write_model(part / MODEL, params, config, tokenizer, task)
         if optimizer is not None:
             write_safetensors(part / OPTIMIZER, optimizer, {"twingrad": str(FORMAT)})
             flush(part / OPTIMIZER)

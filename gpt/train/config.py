@@ -1,7 +1,8 @@
 """What a training run is made from, as plain dataclasses that YAML and a command line can fill.
 
 Field names are unique across the nested dataclasses, so ``epochs`` alone says as much as ``train.epochs``. `RunConfig`
-names everything a run is built from; `TrainConfig` alone is what the trainer reads.
+names everything that a run on a text is built from, and shares `ModelConfig` with the runs that finetune; `TrainConfig`
+alone is what the trainer reads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from gpt.engine import OptimizerConfig
 from gpt.errors import UserError
 
-__all__ = ["LoaderConfig", "OptimizerConfig", "RunConfig", "TrainConfig"]
+__all__ = ["LoaderConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TrainConfig"]
 
 
 @dataclass
@@ -110,11 +111,9 @@ class TrainConfig:
 
 
 @dataclass
-class RunConfig:
-    """Train a GPT: on which text, with which tokenizer, model and engine, and where the results go."""
+class ModelConfig:
+    """What is trained, on which engine, and where the results go."""
 
-    data: str = "python-stdlib"
-    """A name of the data catalogue, or the path of a text file, a token file, or a folder of .txt files."""
     tokenizer: str | None = None
     """gpt2, bytes, simple-v1, simple-v2, or a file .model or .json, as `twingrad tokenizer train` writes it; none: the
     weights' or the token file's own, else bytes."""
@@ -136,19 +135,13 @@ class RunConfig:
     """Whether PyTorch compiles the model (torch.compile), which takes a minute and pays on GPUs and in long runs."""
     init: Literal["book", "gpt2"] = "gpt2"
     """book: PyTorch's default initialisation. gpt2: normal 0.02 with scaled residual projections."""
-    prompt: str | None = None
-    """Where text samples begin; none: with a few words of the held-out text."""
-    sample_tokens: int = 50
-    """Tokens in a text sample, each the most probable one."""
     out: str = "runs/latest"
     """The run's folder: config.yaml, log.csv, loss.png, loss.pdf and the checkpoints."""
     log_to: tuple[str, ...] = ()
     """Where the losses go beside log.csv: wandb, tensorboard. May be given several times."""
     resume: bool = False
     """Whether to go on with the run in `out` from its last checkpoint."""
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -157,6 +150,23 @@ class RunConfig:
             ("init", ("book", "gpt2")),
         ):
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+
+
+@dataclass
+class RunConfig(ModelConfig):
+    """Train a GPT: on which text, with which tokenizer, model and engine, and where the results go."""
+
+    data: str = "python-stdlib"
+    """A name of the data catalogue, or the path of a text file, a token file, or a folder of .txt files."""
+    prompt: str | None = None
+    """Where text samples begin; none: with a few words of the held-out text."""
+    sample_tokens: int = 50
+    """Tokens in a text sample, each the most probable one."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
 
 

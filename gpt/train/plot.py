@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_losses", "save_plot"]
+__all__ = ["plot_losses", "plot_metric", "save_plot"]
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#1f6fb4", "#d9602b", "#2e8b6d", "#7b5ea7", "#555555"
+SPLITS = (("train", BLUE, "training"), ("val", ORANGE, "validation"))
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 STYLE: Any = {
     "font.size": 10,
@@ -72,6 +73,37 @@ def plot_losses(logs: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -
     return figure
 
 
+def plot_metric(log: Mapping[str, np.ndarray], name: str) -> Figure:
+    """A figure of what evaluations measured beside the loss, columns train_NAME and val_NAME, over epochs.
+
+    The second axis counts examples seen. UserError where nothing was measured.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    curves = [(log[f"{split}_{name}"], c, label) for split, c, label in SPLITS if f"{split}_{name}" in log]
+    if not any(np.isfinite(y).any() for y, _, _ in curves):
+        raise UserError(f"no {name} in the log, so there is nothing to plot")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.3), layout="constrained")
+        axes = figure.add_subplot()
+        for y, colour, label in curves:
+            known = np.isfinite(y)
+            axes.plot(log["epoch"][known], y[known], color=colour, linewidth=2, label=label, **_markers(known))
+        axes.set(xlabel="Epochs", ylabel=name.replace("_", " ").capitalize())
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        axes.spines["right"].set_visible(False)
+        axes.legend(frameon=False)
+        examples = axes.twiny()  # the lower axis in other units
+        examples.set_xlim(0, axes.get_xlim()[1] * log["examples"][-1] / log["epoch"][-1])
+        examples.set_xlabel("Examples seen")
+        examples.xaxis.set_major_formatter(EngFormatter(sep=""))
+        examples.spines["right"].set_visible(False)
+    return figure
+
+
 def save_plot(figure: Figure, path: str | Path) -> list[Path]:
     """Write path.png and path.pdf, and return the two. Raises UserError if they cannot be written."""
     from matplotlib import rc_context
@@ -85,10 +117,11 @@ def save_plot(figure: Figure, path: str | Path) -> list[Path]:
 
 def _draw_one(axes: Axes, x: np.ndarray, log: Mapping[str, np.ndarray]) -> None:
     axes.plot(x, log["loss"], color=BLUE, linewidth=0.8, alpha=0.3, label="each step")
-    for name, colour, label in (("train_loss", BLUE, "training"), ("val_loss", ORANGE, "validation")):
-        known = ~np.isnan(log[name])
+    for split, colour, label in SPLITS:
+        losses = log[f"{split}_loss"]
+        known = ~np.isnan(losses)
         if known.any():
-            axes.plot(x[known], log[name][known], color=colour, linewidth=2, label=label, **_markers(known))
+            axes.plot(x[known], losses[known], color=colour, linewidth=2, label=label, **_markers(known))
 
 
 def _draw_among(

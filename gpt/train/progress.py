@@ -108,9 +108,10 @@ def evaluated(row: Row) -> bool:
 
 
 def describe(row: Row) -> str:
-    """The book's line, e.g. "Ep 1 (Step 000005): Train loss 8.111, Val loss 8.339"."""
+    """The book's line, e.g. "Ep 1 (Step 000005): Train loss 8.111, Val loss 8.339", and what else was measured."""
     losses = f"Train loss {row.train_loss:.3f}, Val loss {row.val_loss:.3f}"
-    return f"Ep {math.ceil(row.epoch)} (Step {row.step:06d}): {losses}"
+    others = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in row.metrics.items())
+    return f"Ep {math.ceil(row.epoch)} (Step {row.step:06d}): {losses}{others}"
 
 
 def clock(seconds: float) -> str:

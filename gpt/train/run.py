@@ -6,7 +6,8 @@ in the book, where `torch.manual_seed` comes before the model is made. So a seed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ from gpt.data import (
 from gpt.data.encoded import encode_split
 from gpt.data.files import atomic_write
 from gpt.data.tokenfile import MAGIC
-from gpt.engine import Engine, NonFiniteError, create_engine
+from gpt.engine import Engine, create_engine
 from gpt.errors import UserError
 from gpt.generate import Sampling, generate
 from gpt.options import did_you_mean, from_dict, read_yaml, to_dict, to_yaml
 from gpt.tokenizers import Tokenizer
 from gpt.train import checkpoint
-from gpt.train.config import LoaderConfig, RunConfig
+from gpt.train.config import LoaderConfig, ModelConfig, OptimizerConfig, RunConfig
 from gpt.train.log import read_log
-from gpt.train.plot import plot_losses, save_plot
+from gpt.train.plot import plot_losses, plot_metric, save_plot
 from gpt.train.progress import Progress, create_progress
 from gpt.train.trackers import check_trackers, create_trackers
 from gpt.train.trainer import Result, Trainer
@@ -45,11 +46,13 @@ from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
 
-__all__ = ["build", "train"]
+__all__ = ["build", "carry_out", "check_folder", "make_engine", "model_config", "train"]
 
 CONFIG, LOG, PLOT = "config.yaml", "log.csv", "loss"
-# What a resumed run may not change: it would be another run.
-FIXED = ("data", "tokenizer", "preset", "model", "weights", "dtype", "init", "loader", "train.seed", "train.first_eval")
+# What a resumed run may change: on which engine it goes on, for how long, and how it is looked at. All else would make
+# it another run, as would what is FIXED of `train` and `optimizer`.
+FREE = ("engine", "precision", "compile", "out", "log_to", "resume", "prompt", "sample_tokens", "optimizer", "train")
+FIXED = ("train.seed", "train.first_eval", "optimizer.trained")
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,29 @@ class Corpus:
 
 
 def train(config: RunConfig, progress: Progress | None = None) -> Result:
-    """Train, write the run's folder `config.out`, and return where the run ended. Raises UserError.
+    """Train on a text, write the run's folder `config.out`, and return where the run ended. Raises UserError.
 
     A folder that holds a run already is refused unless `config.resume`; then the run goes on from its last checkpoint,
     where what makes it that run (data, model, seed, ...) must be the same, and how long or on which engine it goes on
     may differ.
     """
-    out = Path(config.out)
-    _check_folder(config, out)
-    check_trackers(config.log_to)
+    check_folder(config)
     progress = progress or create_progress()
     trainer, corpus = build(config, progress)
-    progress.line(_describe(config, trainer, corpus))
+    tokens = len(corpus.train_ids) + len(corpus.validation_ids)
+    result = carry_out(config, trainer, f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name})")
+    if result.interrupted:
+        progress.line(f"To go on: twingrad train --config {Path(config.out, CONFIG)} --resume")
+    return result
+
+
+def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
+    """Run a trainer from where its folder says, and leave there its configuration, its log and plots of it.
+
+    `config`: a ModelConfig with `train`. `data`: what it learns from, in words.
+    """
+    out, progress = Path(config.out), trainer.progress
+    progress.line(_describe(config, trainer, data))
     if config.resume and checkpoint.find_checkpoint(out, "last"):
         trainer.resume()
         progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
@@ -81,23 +95,17 @@ def train(config: RunConfig, progress: Progress | None = None) -> Result:
     try:
         with atomic_write(out / CONFIG) as file:
             file.write(to_yaml(replace(config, resume=False)).encode())
-        result = trainer.run()
-    except NonFiniteError:
-        _plot(out)
-        raise
+        return trainer.run()
     finally:
         trainer.tracker.close()
-    _plot(out)
-    if result.interrupted:
-        progress.line(f"To go on: twingrad train --config {out / CONFIG} --resume")
-    return result
+        _plot(out, trainer.metrics)
 
 
 def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer, Corpus]:
     """The trainer of a run, before its first step, and the text it trains on. Writes nothing but a folder's tokens."""
     saved = load(config.weights) if config.weights else None
     corpus = load_corpus(config, saved.tokenizer if saved else None)
-    model = _model_config(config, corpus.tokenizer.n_vocab, saved)
+    model = model_config(config, corpus.tokenizer.n_vocab, saved)
     generator = Generator(config.train.seed)
     params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
     max_length = config.loader.max_length or model.context_length
@@ -109,15 +117,8 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
         _loader(config.loader, split, ids, max_length, generator)
         for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
     ]
-    try:
-        engine = create_engine(
-            config.engine, model, params, config.optimizer, config.dtype,
-            precision=config.precision, compile=config.compile,
-        )  # fmt: skip
-    except UserError as error:
-        raise UserError(f"{error} (model: fields that change the weights' shapes)" if saved else str(error)) from None
     trainer = Trainer(
-        engine,
+        make_engine(config, model, params),
         config.train,
         *loaders,
         lr=config.optimizer.lr,
@@ -128,6 +129,24 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
         progress=progress,
     )
     return trainer, corpus
+
+
+def make_engine(
+    config: ModelConfig, model: GPTConfig, params: Mapping[str, Any], optimizer: OptimizerConfig | None = None
+) -> Engine:
+    """The engine that a configuration asks for, with these parameters. `optimizer`: instead of the configuration's."""
+    try:
+        return create_engine(
+            config.engine, model, params, optimizer or config.optimizer, config.dtype,
+            precision=config.precision, compile=config.compile,
+        )  # fmt: skip
+    except UserError as error:
+        why = (
+            " (model: fields that change the weights' shapes)"
+            if config.weights and "expected shape" in str(error)
+            else ""
+        )
+        raise UserError(f"{error}{why}") from None
 
 
 def load_corpus(config: RunConfig, spec: Mapping[str, Any] | None = None) -> Corpus:
@@ -158,7 +177,8 @@ def _split_file(file: TokenFile, fraction: float) -> Corpus:
     return Corpus(tokenizers.from_spec(file.tokenizer), *split_tokens(file.ids, fraction))
 
 
-def _model_config(config: RunConfig, n_vocab: int, saved: SavedModel | None) -> GPTConfig:
+def model_config(config: ModelConfig, n_vocab: int, saved: SavedModel | None) -> GPTConfig:
+    """The architecture that a configuration asks for: the preset's or the loaded weights', and what it changes."""
     if config.preset not in PRESETS:
         names = ", ".join(PRESETS)
         raise UserError(f"preset: {config.preset!r} is not one of {names}{did_you_mean(config.preset, PRESETS)}")
@@ -198,8 +218,13 @@ def _sampler(config: RunConfig, corpus: Corpus) -> Callable[[Engine], str]:
     return lambda engine: tokenizer.decode(generate(engine, ids, sampling)[0]).replace("\n", " ")
 
 
-def _check_folder(config: RunConfig, out: Path) -> None:
-    """Refuse to overwrite a run, to resume what is none, or to resume it as another."""
+def check_folder(config: Any) -> None:
+    """Refuse to overwrite a run, to resume what is none, or to resume it as another; and a tracker that is not there.
+
+    `config`: a ModelConfig, whose class the run in the folder must have as well.
+    """
+    check_trackers(config.log_to)
+    out = Path(config.out)
     if not config.resume:
         if (out / CONFIG).exists() or (out / LOG).exists() or checkpoint.find_checkpoint(out, "last"):
             raise UserError(
@@ -208,26 +233,34 @@ def _check_folder(config: RunConfig, out: Path) -> None:
         return
     if not (out / CONFIG).exists():
         raise UserError(f"resume: {out} holds no run, for there is no {CONFIG} in it")
-    before, now = (to_dict(c) for c in (from_dict(RunConfig, read_yaml(out / CONFIG)), config))
-    for name in FIXED:
+    try:
+        before, now = (to_dict(c) for c in (from_dict(type(config), read_yaml(out / CONFIG)), config))
+    except UserError as error:
+        raise UserError(f"{out / CONFIG}: another kind of run, or damaged: {error}") from None
+    for name in [*(name for name in now if name not in FREE), *FIXED]:
         group, _, field = name.rpartition(".")
         was, wanted = (settings[group][field] if group else settings[name] for settings in (before, now))
         if was != wanted:
             raise UserError(f"resume: {name} of the run in {out} is {was}, not {wanted}; see {out / CONFIG}")
 
 
-def _describe(config: RunConfig, trainer: Trainer, corpus: Corpus) -> str:
-    engine, tokens = trainer.engine, len(corpus.train_ids) + len(corpus.validation_ids)
+def _describe(config: ModelConfig, trainer: Trainer, data: str) -> str:
+    engine = trainer.engine
+    counts = {name: math.prod(shape) for name, shape in engine.config.parameter_shapes().items()}
+    trained = sum(counts[name] for name in engine.trained)
+    learning = f", {trained:,} of them trained" if trained < sum(counts.values()) else ""
     return (
-        f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name}); {config.weights or config.preset}: "
-        f"{engine.config.n_parameters:,} parameters; {engine.name} engine, {config.dtype}; "
+        f"{data}; {config.weights or config.preset}: {sum(counts.values()):,} parameters{learning}; "
+        f"{engine.name} engine, {config.dtype}; "
         f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch; {config.out}"
     )
 
 
-def _plot(out: Path) -> None:
-    """Draw the log as far as it goes."""
+def _plot(out: Path, metrics: Sequence[str] = ()) -> None:
+    """Draw the log as far as it goes: the loss, and each metric."""
     if (out / LOG).exists():
         log = read_log(out / LOG)
         if len(log["step"]):
             save_plot(plot_losses({out.name: log}), out / PLOT)
+            for name in metrics:
+                save_plot(plot_metric(log, name), out / name)

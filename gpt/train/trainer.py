@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from gpt.data.loader import Loader
-from gpt.engine import Batch, Engine, NonFiniteError
+from gpt.engine import Engine, Examples, NonFiniteError
 from gpt.errors import UserError
 from gpt.train import checkpoint
 from gpt.train.config import TrainConfig
@@ -49,13 +49,36 @@ class Result:
     interrupted: bool
 
 
-def evaluate(engine: Engine, loader: Loader, batches: int | None = None) -> float:
-    """Mean over batches of the loss in evaluation mode, of the first `batches` of a fresh pass, or of all.
+Measure = Callable[[Engine, Any], Mapping[str, float]]
 
-    As in the book, each batch counts the same, and a loader without batches gives nan.
+
+def loss_alone(engine: Engine, batch: Examples) -> Mapping[str, float]:
+    """What is measured of a batch in evaluation mode where a task measures nothing else."""
+    return {"loss": engine.loss(batch)}
+
+
+def evaluate(engine: Engine, loader: Loader, batches: int | None = None) -> float:
+    """The mean loss of `measured`."""
+    return measured(engine, loader, batches)["loss"]
+
+
+def measured(
+    engine: Engine, loader: Loader, batches: int | None = None, measure: Measure = loss_alone
+) -> dict[str, float]:
+    """The means over batches of what `measure` gives, over the first `batches` of a fresh pass, or over all.
+
+    As in the book, each batch counts the same in the loss, and each example (whatever a batch counts) in other metrics.
+    A loader without batches gives a loss of nan, and nothing else.
     """
-    losses = [engine.loss(batch) for batch in islice(loader.epoch(), batches)]
-    return sum(losses) / len(losses) if losses else math.nan
+    found = [(measure(engine, batch), batch.counted) for batch in islice(loader.epoch(), batches)]
+    if not found:
+        return {"loss": math.nan}
+    means = {"loss": sum(values["loss"] for values, _ in found) / len(found)}
+    counted = sum(count for _, count in found)
+    for name in found[0][0]:
+        if name != "loss":
+            means[name] = sum(values[name] * count for values, count in found) / counted if counted else math.nan
+    return means
 
 
 class Trainer:
@@ -65,6 +88,9 @@ class Trainer:
     generator   the random stream that the loaders draw from; dropout too when `dropout_source` is "torch"
     run_dir     folder of the log and the checkpoints; None writes nothing
     tokenizer   the tokenizer's spec(), kept beside the parameters
+    task        what the model is finetuned for, kept there too
+    measure     called with the engine and a batch, returns its "loss" and the `metrics`, in evaluation mode
+    metrics     the names of what it returns beside the loss
     sample      called with the engine, returns a text to show
     tracker     told of each step beside the log; closed by whoever made it
     """
@@ -80,6 +106,9 @@ class Trainer:
         generator: Generator | None = None,
         run_dir: str | Path | None = None,
         tokenizer: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
+        measure: Measure = loss_alone,
+        metrics: Sequence[str] = (),
         sample: Callable[[Engine], str] | None = None,
         progress: Progress | None = None,
         tracker: Tracker | None = None,
@@ -90,17 +119,18 @@ class Trainer:
             raise UserError("dropout_source: torch needs the generator that the loaders draw from")
         self.engine, self.config, self.lr = engine, config, lr
         self.train_loader, self.validation_loader = train_loader, validation_loader
-        self.generator, self.tokenizer, self.sample = generator, tokenizer, sample
+        self.generator, self.tokenizer, self.task = generator, tokenizer, task
+        self.measure, self.metrics, self.sample = measure, metrics, sample
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.progress, self.tracker = progress or Progress(), tracker
         self.steps_per_epoch = math.ceil(len(train_loader) / config.accumulation)
         epochs = 1 if config.epochs is None else config.epochs
         self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
         self.step = 0  # steps done
-        self.tokens = 0
+        self.tokens = self.examples = 0
         self.loss = self.train_loss = self.val_loss = math.nan
         self.best_loss = math.inf
-        self._batches: Iterator[Batch] | None = None  # of the pass that is under way
+        self._batches: Iterator[Examples] | None = None  # of the pass that is under way
         self._saved_step = -1
         self._began = 0.0  # on the clock of time.perf_counter, as if the run had never stopped
 
@@ -113,7 +143,9 @@ class Trainer:
         if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.run_dir)
-            log = Log(self.run_dir / "log.csv", before_step=self._number(self.step))
+            splits = ("train", "val") if self.validation_loader is not None else ("train",)
+            columns = [f"{split}_{name}" for split in splits for name in self.metrics]
+            log = Log(self.run_dir / "log.csv", self._number(self.step), columns)
         self._began = time.perf_counter() - (log.seconds if log else 0.0)
         self.progress.start(self.step, self.total_steps)
         try:
@@ -138,11 +170,14 @@ class Trainer:
         if found.model.config != self.engine.config:
             raise UserError(f"{found.path}: its model differs: {_differences(found.model.config, self.engine.config)}")
         self.engine.load_parameters(found.model.params)
-        self.engine.load_optimizer_state(found.optimizer)
+        try:
+            self.engine.load_optimizer_state(found.optimizer)
+        except UserError as error:
+            raise UserError(f"{found.path}: other parameters learnt there: {error}") from None
         state = found.state
         try:
             self.step = self._saved_step = state["step"]
-            self.tokens = state["tokens"]
+            self.tokens, self.examples = state["tokens"], state.get("examples", 0)
             self.loss, self.train_loss, self.val_loss = (_number(state[n]) for n in ("loss", "train_loss", "val_loss"))
             self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
             self._go_to(state)
@@ -181,9 +216,11 @@ class Trainer:
         speed = n_tokens / max(time.perf_counter() - started, 1e-9)
         number = self._number(self.step)
         self.step, self.tokens, self.loss = self.step + 1, self.tokens + n_tokens, loss
-        return Row(number, self.step / self.steps_per_epoch, self.tokens, lr, loss, norm, tokens_per_s=speed)
+        self.examples += sum(batch.examples for batch in batches)
+        epoch = self.step / self.steps_per_epoch
+        return Row(number, epoch, self.tokens, lr, loss, norm, tokens_per_s=speed, examples=self.examples)
 
-    def _accumulate(self, batches: list[Batch], interrupt: _Interrupt) -> float | None:
+    def _accumulate(self, batches: list[Examples], interrupt: _Interrupt) -> float | None:
         """Add up the step's gradient; mean loss over its counted tokens, or None if a signal came before the end."""
         counted = max(1, sum(batch.counted for batch in batches))
         loss, example = 0.0, 0
@@ -207,7 +244,7 @@ class Trainer:
         every = self.config.snapshot_every
         if every and self.run_dir and self.step % every == 0:
             path = self.run_dir / f"step-{self.step:08d}.safetensors"
-            save_model(path, self.engine.parameters(), self.engine.config, self.tokenizer)
+            save_model(path, self.engine.parameters(), self.engine.config, self.tokenizer, self.task)
 
     def _after_step(self, row: Row, log: Log | None) -> None:
         """Evaluation, the log, a sample, a checkpoint: in this order, so that it holds all that the step changed."""
@@ -232,21 +269,26 @@ class Trainer:
             self._save()
 
     def _evaluate(self, row: Row) -> None:
-        batches = self.config.eval_batches
-        self.train_loss = row.train_loss = evaluate(self.engine, self.train_loader, batches)
+        self.train_loss = row.train_loss = self._measured("train", self.train_loader, row)
         if self.validation_loader is not None:
-            self.val_loss = row.val_loss = evaluate(self.engine, self.validation_loader, batches)
+            self.val_loss = row.val_loss = self._measured("val", self.validation_loader, row)
         if row.val_loss < self.best_loss:
             self.best_loss = row.val_loss
             if self.run_dir and self.config.save_best:
                 model = self.engine.parameters(), self.engine.config, self.tokenizer
-                checkpoint.save_checkpoint(self.run_dir, "best", self._state(), *model)
+                checkpoint.save_checkpoint(self.run_dir, "best", self._state(), *model, task=self.task)
+
+    def _measured(self, split: str, loader: Loader, row: Row) -> float:
+        """The loss on a split; what else is measured is noted in the row."""
+        found = measured(self.engine, loader, self.config.eval_batches, self.measure)
+        row.metrics |= {f"{split}_{name}": value for name, value in found.items() if name != "loss"}
+        return found["loss"]
 
     def _save(self) -> None:
         """Write the last checkpoint, unless this step's is there."""
         if self.run_dir and self.step != self._saved_step:
             engine, model = self.engine, (self.engine.parameters(), self.engine.config, self.tokenizer)
-            checkpoint.save_checkpoint(self.run_dir, "last", self._state(), *model, engine.optimizer_state())
+            checkpoint.save_checkpoint(self.run_dir, "last", self._state(), *model, engine.optimizer_state(), self.task)
             self._saved_step = self.step
 
     def _state(self) -> dict[str, Any]:
@@ -255,6 +297,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "examples": self.examples,
             **losses,
             **self._position(),
             "train": asdict(self.config),

@@ -28,17 +28,22 @@ class SavedModel(NamedTuple):
     params: Mapping[str, Stored]  # each is read when it is made an array
     config: GPTConfig
     tokenizer: dict[str, Any] | None  # a tokenizer's spec()
+    task: dict[str, Any] | None = None  # what the model was finetuned for: its "kind", and what using it needs
 
 
 def save_model(
-    path: str | Path, params: Mapping[str, Any], config: GPTConfig, tokenizer: Mapping[str, Any] | None = None
+    path: str | Path,
+    params: Mapping[str, Any],
+    config: GPTConfig,
+    tokenizer: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one file of parameters, whole or not at all. Raises UserError."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_model(part, params, config, tokenizer)
+        write_model(part, params, config, tokenizer, task)
         replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror or error}") from None
@@ -46,12 +51,19 @@ def save_model(
         part.unlink(missing_ok=True)
 
 
-def write_model(path: Path, params: Mapping[str, Any], config: GPTConfig, tokenizer: Mapping[str, Any] | None) -> None:
+def write_model(
+    path: Path,
+    params: Mapping[str, Any],
+    config: GPTConfig,
+    tokenizer: Mapping[str, Any] | None,
+    task: Mapping[str, Any] | None = None,
+) -> None:
     """Write and flush such a file under this name. Raises OSError."""
     metadata = {
         "twingrad": str(FORMAT),
         "config": json.dumps(config.to_dict()),
         "tokenizer": json.dumps(tokenizer, default=plain_number),
+        "task": json.dumps(task, default=plain_number),
     }
     write_safetensors(path, params, metadata)
     flush(path)
@@ -64,14 +76,14 @@ def read_model(path: Path) -> SavedModel:
     try:
         check_version(path, int(metadata["twingrad"]))
         config = GPTConfig.from_dict(json.loads(metadata["config"]))
-        tokenizer = json.loads(metadata["tokenizer"])
+        tokenizer, task = json.loads(metadata["tokenizer"]), json.loads(metadata.get("task", "null"))
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a twingrad model: no readable config in its header ({error})") from None
     check_layers(path, config, params)
     check_shapes(path, params, config.parameter_shapes())
-    return SavedModel({name: params[name] for name in config.parameter_shapes()}, config, tokenizer)
+    return SavedModel({name: params[name] for name in config.parameter_shapes()}, config, tokenizer, task)
 
 
 def check_version(path: Path, version: int) -> None:

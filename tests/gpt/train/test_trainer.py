@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from gpt.engine import Batch, NonFiniteError, OptimizerConfig
+from gpt.engine import IGNORE, Batch, NonFiniteError, OptimizerConfig
 from gpt.errors import UserError
 from gpt.train.config import TrainConfig
 from gpt.train.log import read_log
 from gpt.train.progress import Progress
-from gpt.train.trainer import Trainer, evaluate
+from gpt.train.trainer import Trainer, evaluate, measured
 from reference.torch_rng import Generator
 
 ENGINES = ["numpy", "torch"]
@@ -198,15 +198,37 @@ def test_evaluation_changes_nothing(make_trainer, engine):
         assert all((arrays[name] == array).all() for name, array in old.items())
 
 
-def test_evaluate_means_over_batches():
-    class Losses(Recorder):
-        def loss(self, batch):
-            return float(batch)
+class Losses(Recorder):
+    """The loss of a batch is its first input."""
 
-    assert evaluate(Losses(), Batches(1, 2, 6)) == 3
-    assert evaluate(Losses(), Batches(1, 2, 6), batches=2) == 1.5
-    assert evaluate(Losses(), Batches(1, 2, 6), batches=100) == 3
-    assert math.isnan(evaluate(Losses(), Batches()))
+    def loss(self, batch):
+        return float(batch.inputs[0, 0])
+
+
+def losses(*values, counted=()):
+    """A loader of such batches, of which so many targets count."""
+    counts = counted or [1] * len(values)
+    rows = [
+        (np.full((1, 3), value), np.where(np.arange(3) < n, 0, IGNORE)[None])
+        for value, n in zip(values, counts, strict=True)
+    ]
+    return Batches(*(Batch(*row) for row in rows))
+
+
+def test_evaluate_means_over_batches():
+    assert evaluate(Losses(), losses(1, 2, 6)) == 3
+    assert evaluate(Losses(), losses(1, 2, 6), batches=2) == 1.5
+    assert evaluate(Losses(), losses(1, 2, 6), batches=100) == 3
+    assert math.isnan(evaluate(Losses(), losses()))
+
+
+def test_each_batch_counts_the_same_in_the_loss_and_each_counted_target_in_other_metrics():
+    def measure(engine, batch):
+        return {"loss": engine.loss(batch), "accuracy": float(batch.inputs[0, 0] == 6)}
+
+    found = measured(Losses(), losses(1, 2, 6, counted=[1, 1, 3]), None, measure)
+    assert found == {"loss": 3, "accuracy": 3 / 5}
+    assert math.isnan(measured(Losses(), losses(1, counted=[0]), None, measure)["accuracy"])
 
 
 def test_evaluation_draws_from_the_stream_as_the_book(make_trainer):
