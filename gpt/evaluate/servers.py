@@ -4,8 +4,8 @@
     OpenAI    POST URL/chat/completions     answers with one JSON object; vLLM, llama.cpp and others speak it too
 
 What may pass, a connection cut, silence, status 429 or 5xx, is tried again after 1, 2, 4, ... seconds or when the
-server says. The key of OpenAI's face comes from the environment, is read when it is sent, and is taken out of every text
-that comes back.
+server says. The key of OpenAI's face comes from the environment, is read when it is sent, and is taken out of every
+text that comes back.
 """
 
 from __future__ import annotations

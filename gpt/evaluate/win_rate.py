@@ -34,7 +34,7 @@ EXAMPLES = 3
 
 # "a" within a sentence is an article: there only the capital counts.
 _WORD = r"(?i:response|answer|option|model)"
-_CHOICE = rf"(?:{_WORD} ?)?[\[(]*(?:a )?(A|B|(?i:tie))\b[\])]*"
+_CHOICE = rf"(?:{_WORD} ?)?[\[(]*(?:[Aa] (?=[Tt]))?(A|B|(?i:tie))\b[\])]*"
 _CLEAR = (
     re.compile(rf"^ ?{_CHOICE} ?[.!:]? ?$", re.MULTILINE | re.IGNORECASE),
     re.compile(rf"\b(?i:verdict|winner|choice|preference|(?:final|better|best) {_WORD})(?: is)? ?:? ?{_CHOICE}"),
