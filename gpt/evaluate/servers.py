@@ -341,7 +341,8 @@ def _is_loopback(url: str) -> bool:
 def _is_private(url: str) -> bool:
     """Whether the address is of this machine or of a private network, as far as the name tells."""
     host, address = _address(url)
-    return _is_loopback(url) or (address.is_private if address else host.endswith((".local", ".internal")))
+    named_here = "." not in host or host.endswith((".local", ".internal"))
+    return _is_loopback(url) or (address.is_private if address else named_here)
 
 
 def _key_in_environment() -> str:

@@ -118,6 +118,14 @@ def cut(handler, prompt):
     handler.close_connection = True
 
 
+def cut_line(handler, prompt):
+    """Closes the connection within a line of an answer that ends where the connection does."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(line("8") + line("5")[:20])
+    handler.close_connection = True
+
+
 def closes(handler, prompt):
     """Closes the connection without a word."""
     handler.close_connection = True

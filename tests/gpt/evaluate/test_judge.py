@@ -352,6 +352,8 @@ def test_a_server_that_fails_again_and_again_is_down(entries):
     with pytest.raises(UserError, match="odd; 0 of 6"):
         judge(entries, ask)
     assert len(ask.prompts) == FAILURES
+    now_and_then = {f"n{number}": ServerError("odd") for number in (1, 2, 4, 5)}
+    assert judge(entries, Judge("80", **now_and_then)).n_failed == 4
 
 
 def test_texts_that_utf8_does_not_know_are_kept(entries, tmp_path):

@@ -63,10 +63,16 @@ def test_a_netrc_does_not_take_the_place_of_the_key(server, monkeypatch, tmp_pat
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    server.plan = [fake.completes("85"), fake.streams("85")]
-    openai(server)("x")
-    ollama(server)[0]("x")
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(module, "_is_loopback", lambda url: False)  # as if it were elsewhere
+    server.plan = [fake.completes("85"), fake.streams("85"), fake.completes("85")]
+    ollama_, _ = ollama(server)
+    OpenAI("gpt", server.url)("x")
+    ollama_("x")
     assert not [headers for _, headers, _ in server.requests if "Authorization" in headers]
+    monkeypatch.setenv("OPENAI_API_KEY", "local-key")
+    OpenAI("gpt", server.url)("x")
+    assert server.requests[-1][1]["Authorization"] == "Bearer local-key"
 
 
 @pytest.mark.parametrize("broken", [fake.says("oops", 500), fake.says("", 503), fake.cut, fake.closes])
@@ -77,8 +83,9 @@ def test_what_passes_is_tried_again_and_waits_grow(server, broken):
     assert waits == [1, 2, 4]
 
 
-def test_an_answer_without_its_end_is_tried_again(server):
-    server.plan = [fake.streams("8", done=False), fake.streams("85")]
+@pytest.mark.parametrize("broken", [fake.streams("8", done=False), fake.cut_line])
+def test_an_answer_without_its_end_is_tried_again(server, broken):
+    server.plan = [broken, fake.streams("85")]
     ask, waits = ollama(server)
     assert ask("x") == "85"
     assert waits == [1]
@@ -239,7 +246,13 @@ def test_a_key_that_is_no_key_is_refused_without_being_shown(monkeypatch):
 def test_a_server_elsewhere_wants_a_key_and_https(monkeypatch):
     with pytest.raises(UserError, match="set OPENAI_API_KEY in the environment"):
         OpenAI("gpt")
-    for url in ("http://localhost:8000/v1", "http://[::1]:8000", "http://192.168.1.5/v1", "http://box.local"):
+    for url in (
+        "http://localhost:8000/v1",
+        "http://[::1]:8000",
+        "http://192.168.1.5/v1",
+        "http://box.local",
+        "http://box",
+    ):
         OpenAI("gpt", url)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     OpenAI("gpt")
