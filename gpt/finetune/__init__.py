@@ -1,0 +1,1 @@
+"""Finetuning: what a pretrained model learns a task from, as batches of `gpt.engine`."""
