@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import sys
 import traceback
@@ -52,6 +53,28 @@ def chat(argv: list[str]) -> None:
     from gpt.llm import ChatConfig, chat
 
     chat(parse_config(ChatConfig, argv, prog="twingrad chat"))
+
+
+def finetune(argv: list[str]) -> int:
+    """Teach a model a task: classify, instruct, prefer (two answers of which one is preferred)."""
+    from gpt.finetune.cli import main
+
+    return main(argv)
+
+
+def classify(argv: list[str]) -> None:
+    """Tell which label a text has, by a model that was finetuned to."""
+    from gpt.finetune.classify import AskConfig, ask
+
+    texts = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
+    ask(parse_config(AskConfig, [*(f"--text={t}" for t in texts), *argv[len(texts) :]], prog="twingrad classify"))
+
+
+def respond(argv: list[str]) -> None:
+    """Answer a file of instructions with a model, trained here or loaded."""
+    from gpt.finetune.respond import RespondConfig, run
+
+    run(parse_config(RespondConfig, argv, prog="twingrad respond"))
 
 
 def weights(argv: list[str]) -> int:
@@ -104,8 +127,11 @@ def version(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
-    for command in (check, train, generate, chat, weights, attention, data, tokenizer, doctor, demo, version)
-}
+    for command in (
+        check, train, finetune, generate, chat, classify, respond, weights, attention, data, tokenizer, doctor, demo,
+        version,
+    )
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

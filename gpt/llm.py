@@ -41,6 +41,11 @@ class LLM:
                 f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, "
                 f"the model an embedding of {engine.config.vocab_size}: they do not belong together"
             )
+        if engine.config.n_outputs != engine.config.vocab_size:
+            raise UserError(
+                f"the model tells {engine.config.n_outputs} classes apart, and writes no text; "
+                "ask it with: twingrad classify"
+            )
         self.engine, self.tokenizer, self.style = engine, tokenizer, style
 
     def __del__(self) -> None:
@@ -52,7 +57,8 @@ class LLM:
         """A model from a name of `twingrad weights list`, a Hugging Face repository's name, a folder or a file.
 
         `engine` is numpy, torch, triton, or auto: torch where it is installed. `dtype` is float32 or float64, by
-        default float64 for weights that are stored so, else float32. Raises UserError with what is wrong and where.
+        default float64 for weights that are stored so, else float32. The prompt style is the one that the model was
+        finetuned with. Raises UserError with what is wrong and where.
         """
         from gpt.weights.load import load
 
@@ -61,9 +67,11 @@ class LLM:
             raise UserError(f"{source}: holds no tokenizer, so text means nothing to this model")
         if dtype is None:
             dtype = "float64" if all(p.dtype == np.float64 for p in saved.params.values()) else "float32"
+        style = (saved.task or {}).get("style", "alpaca")
         return cls(
             create_engine(engine, saved.config, saved.params, dtype=dtype, device=device),
             tokenizers.from_spec(saved.tokenizer),
+            style if style in prompts.STYLES else "alpaca",
         )
 
     def generate(

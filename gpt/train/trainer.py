@@ -91,7 +91,7 @@ class Trainer:
     task        what the model is finetuned for, kept there too
     measure     called with the engine and a batch, returns its "loss" and the `metrics`, in evaluation mode
     metrics     the names of what it returns beside the loss
-    sample      called with the engine, returns a text to show
+    sample      called with the engine, returns a text to show, if any
     tracker     told of each step beside the log; closed by whoever made it
     """
 
@@ -263,8 +263,8 @@ class Trainer:
             self.tracker.log(row)
         self.progress.step(row)
         self._snapshot()
-        if self.sample and _due(config.sample_every, self.step, epoch_over):
-            self.progress.line(self.sample(self.engine))
+        if self.sample and _due(config.sample_every, self.step, epoch_over) and (text := self.sample(self.engine)):
+            self.progress.line(text)
         if _due(config.save_every, self.step, epoch_over):
             self._save()
 

@@ -18,15 +18,16 @@ __all__ = ["find", "load", "tensors"]
 
 MODEL = "model.safetensors"
 CONVERTED = "twingrad.safetensors"
+NO_MODEL = re.compile(r"adapter\.safetensors|step-\d+\.safetensors|\..*")  # of a run: adapters alone, snapshots
 PICKLES = (".bin", ".pt", ".pth")
 
 
 def load(source: str | Path) -> SavedModel:
     """The model at `source`: a name of the registry or of a Hugging Face repository, a folder, or a file.
 
-    A folder may be a run's (its best, else its last checkpoint), one that transformers wrote, or one of OpenAI's. A
-    name's files are downloaded when they are not there; OpenAI's are converted once. Parameters are read when they are
-    made arrays; one with a NaN is warned of. Raises UserError with what is wrong and where.
+    A folder may be a run's (its finished model, its best, else its last checkpoint), one that transformers wrote, or
+    one of OpenAI's. A name's files are downloaded when they are not there; OpenAI's are converted once. Parameters are
+    read when they are made arrays; one with a NaN is warned of. Raises UserError with what is wrong and where.
     """
     path = find(source)
     saved = _read(path)
@@ -85,6 +86,9 @@ def _model_file(path: Path) -> Path:
     if not path.is_dir() or (path / huggingface.CONFIG).exists() or openai.is_checkpoint(path):
         return path
     if not (path / MODEL).exists():
+        finished = [file for file in path.glob("*.safetensors") if not NO_MODEL.fullmatch(file.name)]
+        if len(finished) == 1:
+            return finished[0]
         path = find_checkpoint(path, "best") or find_checkpoint(path, "last") or path
     return path / MODEL if (path / MODEL).exists() else path
 

@@ -71,6 +71,7 @@ class Entry:
     """Weights with a name of their own. Each of `urls` is an address that a file's name is appended to."""
 
     name: str
+    size: str  # as their publisher calls it
     description: str
     licence: str
     files: tuple[File, ...]
@@ -81,6 +82,7 @@ def _gpt2(name: str, size: str, description: str, own: Sequence[File]) -> Entry:
     """An entry of OpenAI's: `own` are the files that differ from size to size."""
     return Entry(
         name=name,
+        size=size,
         description=description,
         licence="MIT (modified)",
         files=(

@@ -1,0 +1,86 @@
+"""Finetuning on instructions (Raschka, chapter 7): data, masks and answers on the one trainer."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpt.data.examples import Entries, ExampleLoader, JsonEntries
+from gpt.engine import Engine
+from gpt.finetune import instructions as data
+from gpt.finetune.config import InstructConfig
+from gpt.finetune.respond import KEY, respond, show
+from gpt.finetune.run import Task, data_file, end_token
+from gpt.llm import LLM
+from gpt.tokenizers import Tokenizer
+from gpt.train.progress import Progress
+from gpt.train.trainer import evaluate
+from gpt.weights import registry
+from reference.config import GPTConfig
+from reference.torch_rng import Generator
+
+__all__ = ["RESPONSES", "Instruct"]
+
+RESPONSES = "instruction-data-with-response.json"
+
+
+class Instruct(Task):
+    """See gpt.finetune.config.InstructConfig."""
+
+    def __init__(self, config: InstructConfig, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        entries = JsonEntries(data_file(config.data))
+        length = min(config.loader.max_length or model.context_length, model.context_length)
+        train, validation, self.test = data.split(entries, config.train_fraction, config.test_fraction)
+        held_out: Entries = validation if len(validation) else self.test
+        pad = end_token(tokenizer)
+        collate = partial(data.collate, pad_id=pad, allowed_max_length=length, mask_instruction=config.mask_instruction)
+        size, shuffle, drop = config.loader.batch_size, config.loader.shuffle, config.loader.drop_last
+        sets = [
+            data.InstructionDataset(part, tokenizer, config.style, length, cache=config.keep_tokens)
+            for part in (train, held_out)
+        ]
+        self.train_loader = ExampleLoader(sets[0], collate, size, shuffle, drop, generator)
+        self.validation_loader = ExampleLoader(sets[1], collate, size, False, False, generator)
+        self.held_out = held_out
+        self.dropped = [entry for part in sets for entry in part.dropped]
+        too_long = f", {len(self.dropped)} left out, whose prompts are too long" if self.dropped else ""
+        self.data = f"{config.data}: {len(entries):,} entries, {len(sets[0]):,} to train on{too_long}"
+        self.spec = {"kind": "instructions", "style": config.style}
+
+    def sample(self, engine: Engine) -> str:
+        """The answer to the first entry that is held out."""
+        llm = LLM(engine, self.tokenizer, self.config.style)
+        entry = self.held_out[0]
+        if len(llm.encode(entry)) > engine.config.context_length:
+            return ""
+        return f"{entry['instruction']} -> {llm.generate(entry, 50).strip()}".replace("\n", " ")
+
+    def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
+        """The validation loss on all entries, and answers to the test entries, in a file."""
+        results: dict[str, Any] = {
+            "validation_loss": evaluate(engine, self.validation_loader),
+            "dropped": [{"entry": number, "reason": reason} for number, reason in self.dropped],
+        }
+        llm = LLM(engine, self.tokenizer, self.config.style)
+        asked = self.test[: self.config.responses]
+        if len(asked):
+            out = Path(self.config.out, RESPONSES)
+            out.unlink(missing_ok=True)  # of an earlier end of this run
+            progress.line(f"Answering {len(asked)} test entries ...")
+            answered = respond(llm, asked, out, KEY, self.config.max_new_tokens)
+            show(answered[:3], KEY, progress.line)
+            progress.line(f"All answers: {out}")
+        return results
+
+    def file_name(self, weights: str) -> str:
+        """As the book's gpt2-medium355M-sft: the model's name and size, without spaces and parentheses."""
+        return f"{plain_name(weights)}-sft"
+
+
+def plain_name(weights: str) -> str:
+    """A name for files of what began with these weights: of the registry's models with the size, as in the book."""
+    size = registry.ENTRIES[weights].size if weights in registry.ENTRIES else ""
+    return re.sub(r"[ ()]", "", Path(weights).name) + size

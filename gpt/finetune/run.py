@@ -1,0 +1,189 @@
+"""A finetuning run: a task's data, model and measures on the one trainer, and what the task does with the result.
+
+runs/latest/   config.yaml  log.csv  loss.png  METRIC.png  checkpoints      as any run's
+               NAME.safetensors                                             the finished model, adapters merged
+               adapter.safetensors                                          the adapters alone, if there are any
+               results.json, and what the task writes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gpt import tokenizers
+from gpt.data import Loader
+from gpt.data.catalogue import ENTRIES, get
+from gpt.data.files import atomic_write
+from gpt.engine import Engine
+from gpt.errors import UserError
+from gpt.finetune.adapters import adapt, merge, save_adapter
+from gpt.finetune.config import FinetuneConfig
+from gpt.tokenizers import Tokenizer
+from gpt.train.progress import Progress, create_progress
+from gpt.train.run import CONFIG, carry_out, check_folder, make_engine, model_config
+from gpt.train.trainer import Result, Trainer
+from gpt.weights.load import load
+from gpt.weights.native import SavedModel, save_model
+from reference.config import GPTConfig
+from reference.init import initialize
+from reference.torch_rng import Generator
+
+__all__ = ["ADAPTER", "RESULTS", "Task", "data_file", "end_token", "finetune", "write_json"]
+
+ADAPTER, RESULTS = "adapter.safetensors", "results.json"
+
+
+class Task(ABC):
+    """What one kind of finetuning differs in. Made with the configuration, the tokenizer and the model's context."""
+
+    metrics: ClassVar[tuple[str, ...]] = ()  # what `measure` gives beside the loss
+
+    train_loader: Loader
+    validation_loader: Loader
+    data: str  # what is learnt from, in words
+    spec: dict[str, Any]  # what using the model needs to know, kept in its files
+
+    @staticmethod
+    def changes(config: Any, model: GPTConfig) -> dict[str, Any]:
+        """The fields of a model's config that the task needs otherwise."""
+        return {}
+
+    @abstractmethod
+    def __init__(self, config: Any, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None: ...
+
+    def trained(self, model: GPTConfig) -> tuple[str, ...]:
+        """Patterns of the parameters that learn, where neither adapters nor the user's patterns say it; none: all."""
+        return ()
+
+    def begin(self, engine: Engine, progress: Progress) -> None:  # noqa: B027 - most tasks have nothing to do
+        """Called with the model as it is before training, in a resumed run too."""
+
+    def measure(self, engine: Engine, batch: Any) -> Mapping[str, float]:
+        """The loss of a batch in evaluation mode, and the metrics."""
+        return {"loss": engine.loss(batch)}
+
+    def sample(self, engine: Engine) -> str:
+        """Something to show at the end of an epoch."""
+        return ""
+
+    @abstractmethod
+    def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
+        """Called when training is done: measure, show and write what the task is for; results by name."""
+
+    @abstractmethod
+    def file_name(self, weights: str) -> str:
+        """What the finished model's file is called, without its ending."""
+
+
+def finetune(config: FinetuneConfig, task_class: type[Task], command: str, progress: Progress | None = None) -> Result:
+    """Train a task, write the run's folder `config.out`, and return where the run ended. Raises UserError.
+
+    `command`: by which the user can go on with it.
+    """
+    check_folder(config)
+    progress = progress or create_progress()
+    trainer, task = build(config, task_class, progress)
+    task.begin(trainer.engine, progress)
+    result = carry_out(config, trainer, task.data)
+    if result.interrupted:
+        progress.line(f"To go on: {command} --config {Path(config.out, CONFIG)} --resume")
+        return result
+    _save(Path(config.out), config, trainer, task)
+    results = task.finish(trainer.engine, progress)
+    write_json(Path(config.out, RESULTS), results)
+    for name, value in results.items():
+        if isinstance(value, int | float):
+            progress.line(f"{name.replace('_', ' ')}: {value:.4g}")
+    return result
+
+
+def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | None = None) -> tuple[Trainer, Task]:
+    """The trainer of a run, before its first step, and the task."""
+    saved = load(config.weights) if config.weights else None
+    if saved and saved.config.lora:
+        saved = saved._replace(**dict(zip(("params", "config"), merge(saved.params, saved.config), strict=True)))
+    tokenizer = _tokenizer(config, saved)
+    generator = Generator(config.train.seed)
+    model = model_config(config, tokenizer.n_vocab, saved)
+    params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
+    try:
+        changes = {**task_class.changes(config, model), "lora": config.lora.settings()}
+        params, model = adapt(params, model, generator, **changes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    task = task_class(config, tokenizer, model, generator)
+    patterns = config.optimizer.trained or (() if model.lora else task.trained(model))
+    optimizer = dataclasses.replace(config.optimizer, trained=patterns)
+    trainer = Trainer(
+        make_engine(config, model, params, optimizer),
+        config.train,
+        task.train_loader,
+        task.validation_loader,
+        lr=optimizer.lr,
+        generator=generator,
+        run_dir=config.out,
+        tokenizer=tokenizer.spec(),
+        task=task.spec,
+        measure=task.measure,
+        metrics=task.metrics,
+        sample=task.sample,
+        progress=progress,
+    )
+    return trainer, task
+
+
+def _save(out: Path, config: FinetuneConfig, trainer: Trainer, task: Task) -> None:
+    """The finished model, and its adapters alone."""
+    params, model = trainer.engine.parameters(), trainer.engine.config
+    if model.lora:
+        save_adapter(out / ADAPTER, params, model)
+        params, model = merge(params, model)
+    name = task.file_name(config.weights or config.preset)
+    save_model(out / f"{name}.safetensors", params, model, trainer.tokenizer, task.spec)
+
+
+def _tokenizer(config: FinetuneConfig, saved: SavedModel | None) -> Tokenizer:
+    if config.tokenizer:
+        return tokenizers.load(config.tokenizer)
+    if saved and saved.tokenizer:
+        return tokenizers.from_spec(saved.tokenizer)
+    if saved:
+        raise UserError(f"{config.weights}: holds no tokenizer; name it by --tokenizer")
+    return tokenizers.load("bytes")
+
+
+def data_file(name: str) -> Path:
+    """The file that `data` means: a path, or a name of the catalogue, downloaded if need be."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in ENTRIES or not path.suffix:
+        return get(name)
+    raise UserError(f"data: {name}: no such file")
+
+
+def end_token(tokenizer: Tokenizer) -> int:
+    """The token that ends a text, and pads it. UserError for a tokenizer without one."""
+    if tokenizer.eot is None:
+        raise UserError(f"tokenizer: {tokenizer.name} has no end token, which examples are ended and padded with")
+    return tokenizer.eot
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as people read it, whole or not at all. Numbers that are none become null."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(_finite(value), indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
