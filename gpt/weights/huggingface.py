@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt import tokenizers
 from gpt.errors import UserError
+from gpt.options import read_json_object
 from gpt.weights.families import FAMILIES, family_of
 from gpt.weights.names import Format, from_ours, to_ours
 from gpt.weights.native import SavedModel, flush
@@ -29,7 +30,7 @@ SHARD_SIZE = 5 * 10**9  # bytes; what is larger is written in several files
 
 def read_folder(folder: Path) -> SavedModel:
     """A model's folder, or the folder of a file of weights. Raises UserError with what does not fit, and where."""
-    settings = _read_json(folder / CONFIG)
+    settings = read_json_object(folder / CONFIG)
     try:
         family = family_of(settings)
         config = family.config(settings)
@@ -155,23 +156,11 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_size: int, met
 def _tokenizer(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
     """The tokenizer that a folder carries; GPT-2's where there is none and the vocabulary has its size."""
     if (folder / TOKENIZER).exists():
-        return _read_json(folder / TOKENIZER).get("tokenizer")
+        return read_json_object(folder / TOKENIZER).get("tokenizer")
     spec = tokenizers.huggingface_spec(folder)
     if spec is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
         return {"name": "gpt2"}
     return spec
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
 
 
 def _write_json(path: Path, value: Any) -> None:
