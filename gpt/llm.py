@@ -117,12 +117,11 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a text, or of an entry in the model's prompt style. UserError for an empty one."""
         text = prompt if isinstance(prompt, str) else prompts.format_prompt(prompt, self.style)
-        special = {tokenizers.END_OF_TEXT} if self.tokenizer.eot is not None else set()
-        special |= set(getattr(self.tokenizer, "special", ()))  # those of a chat template, say
-        ids = self.tokenizer.encode(text, allowed_special=special)
+        end = {tokenizers.END_OF_TEXT} if self.tokenizer.eot is not None else set()
+        ids = self.tokenizer.encode(text, allowed_special=end.union(self.tokenizer.special))
         if not ids:
             raise UserError("prompt: expected a text to continue, got an empty one")
-        begin = getattr(self.tokenizer, "begin", [])  # what a Llama has read before each text, say
+        begin = list(self.tokenizer.begin)
         return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
     def _pieces(

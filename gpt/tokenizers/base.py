@@ -21,6 +21,14 @@ class Tokenizer(Protocol):
     n_vocab: int
     eot: int | None  # id of <|endoftext|>, None where the vocabulary has none
 
+    @property
+    def special(self) -> Collection[str]:
+        """Names of special tokens that `encode` may be allowed beside <|endoftext|>, those of a chat template, say."""
+
+    @property
+    def begin(self) -> Sequence[int]:
+        """Ids that a model has read before each text; `encode` puts none there."""
+
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Token ids of `text`, in which <|endoftext|> is ordinary text unless `allowed_special` holds it."""
 

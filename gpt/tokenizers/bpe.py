@@ -32,6 +32,7 @@ class BPETokenizer:
     """`tokens`: byte string -> id. `special`: the other ids' names. UserError for what is no such vocabulary."""
 
     name: str = "bpe"
+    begin: Sequence[int] = ()
 
     def __init__(self, tokens: Mapping[bytes, int], special: Mapping[str, int]) -> None:
         import tiktoken  # 0.1 s, so only when it is asked for
