@@ -207,6 +207,7 @@ def chat(config: ChatConfig) -> None:
     """The loop behind `twingrad chat`: reads prompts from standard input, writes answers to standard output."""
     llm = LLM.load(config.model, config.engine)
     llm.style = config.style
+    keeps = config.style in templates.TEMPLATES  # the other styles put each prompt by itself
     said: list[dict[str, str]] = []
     settings = {"stop": config.stop, **dataclasses.asdict(config.sampling)}
     list(llm.generate("a", **{**settings, "max_new_tokens": 0}))  # wrong settings show now, not after the first prompt
@@ -221,7 +222,7 @@ def chat(config: ChatConfig) -> None:
             return
         if not line:
             continue
-        if config.style in templates.TEMPLATES:
+        if keeps:
             said.append({"role": "user", "content": line})
             pieces = llm.chat(said, template=config.style, stream=True, **settings)
         else:
@@ -231,5 +232,6 @@ def chat(config: ChatConfig) -> None:
             for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
-        said.append({"role": "assistant", "content": answer})
+        if keeps:  # without markers that the model wrote: among the template's own they would say who speaks
+            said.append({"role": "assistant", "content": templates.clean_response(answer)})
         print(flush=True)
