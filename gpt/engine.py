@@ -6,7 +6,6 @@ parameter names of `GPTConfig.parameter_shapes`, so that code above it never ask
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from gpt.errors import UserError
+from gpt.errors import UserError, is_installed
 from reference.config import GPTConfig
 
 Arrays = dict[str, np.ndarray]
@@ -226,7 +225,7 @@ def create_engine(
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
     if name == "auto":
-        name = "torch" if importlib.util.find_spec("torch") else "numpy"
+        name = "torch" if is_installed("torch") else "numpy"
     optimizer = optimizer or OptimizerConfig()
     if name == "numpy":
         if device not in ("auto", "cpu"):

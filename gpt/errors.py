@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from types import ModuleType
 
-__all__ = ["UserError", "check_installed", "require"]
+__all__ = ["UserError", "check_installed", "is_installed", "require"]
 
 
 class UserError(ValueError):
@@ -31,10 +31,14 @@ def require(module: str, extra: str) -> ModuleType:
         raise _not_installed(package, extra) from error
 
 
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be found, without its import. What is set to None in sys.modules cannot."""
+    return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
+
+
 def check_installed(module: str, extra: str) -> None:
     """Raise what `require` would, without the import: for a package that another process will use."""
-    absent = sys.modules[module] is None if module in sys.modules else importlib.util.find_spec(module) is None
-    if absent:
+    if not is_installed(module):
         raise _not_installed(module, extra)
 
 

@@ -125,13 +125,10 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a text, or of an entry in the model's prompt style. UserError for an empty one."""
         text = prompt if isinstance(prompt, str) else prompts.format_prompt(prompt, self.style)
-        special = {tokenizers.END_OF_TEXT} if self.tokenizer.eot is not None else set()
-        special |= set(getattr(self.tokenizer, "special", ()))  # those of a chat template, say
-        ids = self.tokenizer.encode(text, allowed_special=special)
+        ids = tokenizers.encode_special(self.tokenizer, text)
         if not ids:
             raise UserError("prompt: expected a text to continue, got an empty one")
-        begin = getattr(self.tokenizer, "begin", [])  # what a Llama has read before each text, say
-        return ids if ids[: len(begin)] == begin else [*begin, *ids]
+        return tokenizers.begun(self.tokenizer, ids)
 
     def _pieces(
         self, given: Sequence[Prompt], sampling: Sampling, stop: Sequence[str], samples: int
@@ -216,6 +213,7 @@ def chat(config: ChatConfig) -> None:
     """The loop behind `twingrad chat`: reads prompts from standard input, writes answers to standard output."""
     llm = LLM.load(config.model, config.engine)
     llm.style = config.style
+    keeps = config.style in templates.TEMPLATES  # the other styles put each prompt by itself
     said: list[dict[str, str]] = []
     settings = {"stop": config.stop, **dataclasses.asdict(config.sampling)}
     list(llm.generate("a", **{**settings, "max_new_tokens": 0}))  # wrong settings show now, not after the first prompt
@@ -230,7 +228,7 @@ def chat(config: ChatConfig) -> None:
             return
         if not line:
             continue
-        if config.style in templates.TEMPLATES:
+        if keeps:
             said.append({"role": "user", "content": line})
             pieces = llm.chat(said, template=config.style, stream=True, **settings)
         else:
@@ -240,5 +238,6 @@ def chat(config: ChatConfig) -> None:
             for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
-        said.append({"role": "assistant", "content": answer})
+        if keeps:  # without markers that the model wrote: among the template's own they would say who speaks
+            said.append({"role": "assistant", "content": templates.clean_response(answer)})
         print(flush=True)

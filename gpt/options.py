@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import textwrap
 import types
 from collections import Counter
@@ -24,7 +25,18 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args,
 
 from gpt.errors import UserError
 
-__all__ = ["Parser", "did_you_mean", "from_dict", "parse_config", "read_yaml", "run_command", "to_dict", "to_yaml"]
+__all__ = [
+    "Parser",
+    "did_you_mean",
+    "from_dict",
+    "parse_config",
+    "read_json",
+    "read_json_object",
+    "read_yaml",
+    "run_command",
+    "to_dict",
+    "to_yaml",
+]
 
 Config = TypeVar("Config")
 
@@ -134,6 +146,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict | None):
         raise UserError(f"{path}: expected a YAML mapping of options, got a {type(settings).__name__}")
     return settings or {}
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises UserError naming the file and what is wrong with it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: could not be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or lists within lists without end
+        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds, names and values. Raises UserError as `read_json` does, also for no object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 class _Option(NamedTuple):

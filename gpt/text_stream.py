@@ -10,6 +10,8 @@ from gpt.tokenizers import Tokenizer
 
 __all__ = ["TextStream"]
 
+CONTEXT = 8  # tokens; more would do no harm, but each is decoded again with every token that follows
+
 
 class TextStream:
     """The text of a continuation: what `push` and `close` return, one after another.
@@ -24,9 +26,7 @@ class TextStream:
             raise UserError("stop: expected a text that ends the answer, got an empty one")
         self.ended = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # Some tokenizers write a token differently at a text's beginning: decoded with the prompt, none of them is.
-        self._ids = list(prompt)
-        self._decoded = len(tokenizer.decode_bytes(self._ids))  # bytes
+        self._context = self._recent(list(prompt))
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._waiting = ""
 
@@ -34,10 +34,9 @@ class TextStream:
         """The text that this token completes, often its own, sometimes none."""
         if self.ended:
             return ""
-        self._ids.append(token)
-        data = self._tokenizer.decode_bytes(self._ids)
-        self._waiting += self._utf8.decode(data[self._decoded :])
-        self._decoded = len(data)
+        before, ids = len(self._tokenizer.decode_bytes(self._context)), [*self._context, token]
+        self._waiting += self._utf8.decode(self._tokenizer.decode_bytes(ids)[before:])
+        self._context = self._recent(ids)
         found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
         if found:
             self.ended, text, self._waiting = True, self._waiting[: min(found)], ""
@@ -47,6 +46,15 @@ class TextStream:
     def close(self) -> str:
         """What was waiting, now that nothing follows."""
         return self._release(len(self._waiting))
+
+    def _recent(self, ids: list[int]) -> list[int]:
+        """The ids to decode the next token with, so that it is written as in the whole text.
+
+        Some tokenizers write a token differently at a text's beginning, where they drop spaces: a few tokens before it
+        tell that it is none, but only if they write anything at all.
+        """
+        recent = ids[-CONTEXT:]
+        return recent if self._tokenizer.decode_bytes(recent) else ids
 
     def _release(self, length: int) -> str:
         text, self._waiting = self._waiting[:length], self._waiting[length:]

@@ -22,6 +22,7 @@ from gpt.data.text import read_text
 from gpt.errors import UserError
 from gpt.evaluate.progress import Progress
 from gpt.evaluate.servers import Ask, UnavailableError
+from gpt.options import read_json
 
 __all__ = ["Answer", "Question", "ask_all", "check_entries", "read_entries"]
 
@@ -171,12 +172,7 @@ def _append(out: Path, record: Mapping[str, Any]) -> None:
 
 def read_entries(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """The first `limit` entries, or all, of a JSON file with a list of them. UserError names what is wrong with it."""
-    try:
-        entries = json.loads(read_text(path))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         found = "an empty list" if entries == [] else f"a {type(entries).__name__}"
         raise UserError(f"{path}: expected a list of entries, got {found}")

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt import tokenizers
 from gpt.data.examples import Entries, number, where
 from gpt.errors import UserError
-from gpt.tokenizers import Tokenizer
+from gpt.tokenizers import Tokenizer, begun, encode_special
 
 __all__ = [
     "Answered",
@@ -25,7 +24,6 @@ __all__ = [
     "Rows",
     "check_positive_or_none",
     "check_texts",
-    "encode",
     "encode_answered",
     "too_long",
 ]
@@ -38,13 +36,6 @@ class Answered(NamedTuple):
     prompt_length: int
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text in which special tokens count as such, as `gpt.llm.LLM.encode` encodes a prompt."""
-    special = {tokenizers.END_OF_TEXT} if tokenizer.eot is not None else set()
-    special |= set(getattr(tokenizer, "special", ()))
-    return tokenizer.encode(text, allowed_special=special)
-
-
 def encode_answered(tokenizer: Tokenizer, prompt: str, answer: str) -> Answered:
     """A prompt and its answer, encoded together, after what the tokenizer wants before each text.
 
@@ -52,19 +43,17 @@ def encode_answered(tokenizer: Tokenizer, prompt: str, answer: str) -> Answered:
     are those that begin both the prompt encoded alone and the two encoded together.
     """
     text = prompt + answer
-    ids = encode(tokenizer, text)
+    ids = encode_special(tokenizer, text)
     if tokenizer.decode_bytes(ids) == text.encode():
         end = len(prompt.encode())
         lengths = range(len(ids) + 1)  # bytes of the first n ids grow with n, so the last that fits can be searched
         length = bisect_right(lengths, end, key=lambda n: len(tokenizer.decode_bytes(ids[:n]))) - 1
     else:
-        alone = encode(tokenizer, prompt)
+        alone = encode_special(tokenizer, prompt)
         pairs = enumerate(zip(alone, ids, strict=False))
         length = next((i for i, (one, other) in pairs if one != other), min(len(alone), len(ids)))
-    begin = getattr(tokenizer, "begin", [])
-    if ids[: len(begin)] != begin:
-        ids, length = [*begin, *ids], length + len(begin)
-    return Answered(np.array(ids, np.int32), length)
+    all_ids = begun(tokenizer, ids)
+    return Answered(np.array(all_ids, np.int32), length + len(all_ids) - len(ids))
 
 
 class Rows:

@@ -27,9 +27,8 @@ from gpt.data.loader import check_positive
 from gpt.data.text import read_text
 from gpt.engine import IGNORE, Batch
 from gpt.errors import UserError
-from gpt.finetune.answers import encode
 from gpt.options import did_you_mean
-from gpt.tokenizers import Tokenizer
+from gpt.tokenizers import Tokenizer, encode_special
 
 __all__ = [
     "LABELS",
@@ -155,7 +154,7 @@ class Classification(Examples[Labelled]):
         for row, (label, text) in enumerate(rows, 1):
             if not 0 <= label < n_labels:
                 raise UserError(f"row {row}: expected a label from 0 to {n_labels - 1}, got {label}")
-            ids = encode(tokenizer, text)
+            ids = encode_special(tokenizer, text)
             if not ids:
                 raise UserError(f"row {row}: the text is empty")
             self._examples.append(Labelled(np.array(ids[:max_length], np.int32), label))

@@ -21,10 +21,9 @@ from gpt.data.examples import ExampleLoader
 from gpt.engine import IGNORE, Batch, Engine, create_engine
 from gpt.errors import UserError
 from gpt.finetune import classification as data
-from gpt.finetune.answers import encode
 from gpt.finetune.config import ClassifyConfig
 from gpt.finetune.run import Task, data_file, end_token
-from gpt.tokenizers import Tokenizer
+from gpt.tokenizers import Tokenizer, encode_special
 from gpt.train.progress import Progress
 from gpt.train.trainer import measured
 from gpt.weights.load import load
@@ -147,7 +146,7 @@ class Classifier:
         length = min(max_length or self.max_length or self.engine.config.context_length, self._context())
         examples = []
         for number, text in enumerate(texts, 1):
-            ids = encode(self.tokenizer, text)
+            ids = encode_special(self.tokenizer, text)
             if not ids:
                 raise UserError(f"text {number}: expected a text to classify, got an empty one")
             examples.append(data.Labelled(np.array(ids[:length], np.int32), 0))

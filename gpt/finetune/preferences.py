@@ -36,12 +36,11 @@ from gpt.finetune.answers import (
     Rows,
     check_positive_or_none,
     check_texts,
-    encode,
     encode_answered,
     too_long,
 )
 from gpt.options import did_you_mean
-from gpt.tokenizers import Tokenizer
+from gpt.tokenizers import Tokenizer, encode_special
 from gpt.weights.tensors import read_safetensors, write_safetensors
 from reference.torch_rng import Generator
 
@@ -169,7 +168,7 @@ class PreferenceDataset(Examples[Pair]):
                 if drop_identical:
                     return "the chosen and the rejected answer are the same"
             if max_prompt_tokens is not None:
-                count = len(encode(tokenizer, texts.prompt))
+                count = len(encode_special(tokenizer, texts.prompt))
                 if count >= max_prompt_tokens:
                     return f"the prompt has {count} tokens, expected fewer than {max_prompt_tokens}"
             rows = [_ended(tokenizer, texts.prompt, answer) for answer in texts[1:]]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from gpt.errors import is_installed
 from gpt.parity import model, ops, subjects
 from gpt.parity.gates import GATES, Result
 
@@ -144,9 +143,7 @@ def model_results(name: str, steps: int, dtypes: Sequence[str], left_out: dict[s
 
 def missing(package: str) -> bool:
     """Whether a package that is needed ("" needs none) is not installed."""
-    if package in sys.modules:
-        return sys.modules[package] is None
-    return bool(package) and importlib.util.find_spec(package) is None
+    return bool(package) and not is_installed(package)
 
 
 def _why(package: str) -> str:

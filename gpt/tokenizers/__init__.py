@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt.errors import UserError
-from gpt.tokenizers.base import END_OF_TEXT, Tokenizer
+from gpt.options import read_json
+from gpt.tokenizers.base import END_OF_TEXT, Tokenizer, begun, encode_special
 from gpt.tokenizers.bpe import BPETokenizer, huggingface_files, huggingface_json, huggingface_spec, train_bpe
 from gpt.tokenizers.bytes import ByteTokenizer
 from gpt.tokenizers.gpt2 import GPT2Tokenizer
@@ -29,6 +29,8 @@ __all__ = [
     "SimpleTokenizerV1",
     "SimpleTokenizerV2",
     "Tokenizer",
+    "begun",
+    "encode_special",
     "from_spec",
     "huggingface_files",
     "huggingface_spec",
@@ -86,12 +88,7 @@ def _load_named(name: str, text: str | None = None) -> Tokenizer:
 def _load_file(path: Path) -> Tokenizer:
     if path.suffix == MODEL:
         return SentencePieceTokenizer.from_file(path)
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
+    spec = read_json(path)
     if not isinstance(spec, dict) or not {"name", "model"} & set(spec):
         raise UserError(f"{path}: not a tokenizer's file, neither twingrad's nor Hugging Face's")
     if "name" not in spec:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt.errors import UserError
 
-__all__ = ["END_OF_TEXT", "Tokenizer"]
+__all__ = ["END_OF_TEXT", "Tokenizer", "begun", "encode_special"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -20,6 +20,14 @@ class Tokenizer(Protocol):
     name: str
     n_vocab: int
     eot: int | None  # id of <|endoftext|>, None where the vocabulary has none
+
+    @property
+    def special(self) -> Collection[str]:
+        """Names of special tokens that `encode` may be allowed beside <|endoftext|>, those of a chat template, say."""
+
+    @property
+    def begin(self) -> Sequence[int]:
+        """Ids that a model has read before each text; `encode` puts none there."""
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Token ids of `text`, in which <|endoftext|> is ordinary text unless `allowed_special` holds it."""
@@ -32,6 +40,18 @@ class Tokenizer(Protocol):
 
     def spec(self) -> dict[str, Any]:
         """What `tokenizers.from_spec` needs to build this tokenizer again: JSON-able."""
+
+
+def encode_special(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of `text`, in which all special tokens that the tokenizer knows count as such."""
+    end = {END_OF_TEXT} if tokenizer.eot is not None else set()
+    return tokenizer.encode(text, allowed_special=end.union(tokenizer.special))
+
+
+def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text after those that a model has read before each text, unless they begin with these."""
+    begin = list(tokenizer.begin)
+    return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
 
 def checked_ids(ids: Sequence[int] | np.ndarray, n_vocab: int) -> list[int]:

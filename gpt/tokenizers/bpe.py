@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpt.errors import UserError, require
+from gpt.options import read_json_object
 from gpt.tokenizers.base import END_OF_TEXT, checked_ids, checked_special, utf8
 from gpt.tokenizers.huggingface import HuggingFaceTokenizer
 from gpt.tokenizers.pieces import SentencePieceTokenizer
@@ -31,6 +32,7 @@ class BPETokenizer:
     """`tokens`: byte string -> id. `special`: the other ids' names. UserError for what is no such vocabulary."""
 
     name: str = "bpe"
+    begin: Sequence[int] = ()
 
     def __init__(self, tokens: Mapping[bytes, int], special: Mapping[str, int]) -> None:
         import tiktoken  # 0.1 s, so only when it is asked for
@@ -107,13 +109,13 @@ def huggingface_spec(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "tokenizer.json"
     # Others have GPT-2's two files too, but cut words otherwise: only tokenizer.json says how.
-    settings = _read_json(path) if path.exists() else None
+    settings = read_json_object(path) if path.exists() else None
     if settings is None or _is_plain(settings):
         for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if (folder / vocabulary).exists() and (folder / merges).exists():
                 lines = _read(folder / merges).splitlines()
                 pairs = [line for line in lines if line and not line.startswith("#version")]
-                return _spec(folder / vocabulary, _read_json(folder / vocabulary), pairs)
+                return _spec(folder / vocabulary, read_json_object(folder / vocabulary), pairs)
     if settings is not None:
         return huggingface_json(path)
     path = folder / "tokenizer.model"
@@ -125,7 +127,7 @@ def huggingface_json(path: Path) -> dict[str, Any]:
 
     What ends a text is read from the files beside it. UserError for a damaged one.
     """
-    settings = _read_json(path)
+    settings = read_json_object(path)
     if not _is_plain(settings):
         try:
             return HuggingFaceTokenizer(_read(path), _end(path.parent)).spec()
@@ -158,7 +160,7 @@ def _end(folder: Path) -> str | None:
     """The name of the token that ends a text, as the files beside a tokenizer.json have it."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
-            token = _read_json(folder / name).get("eos_token")
+            token = read_json_object(folder / name).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 return token
@@ -246,13 +248,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: could not be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value

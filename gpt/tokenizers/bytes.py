@@ -20,6 +20,8 @@ class ByteTokenizer:
     name: str = "bytes"
     n_vocab: int = 257
     eot: int | None = END_ID
+    special: Collection[str] = ()
+    begin: Sequence[int] = ()
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         data = utf8(text)

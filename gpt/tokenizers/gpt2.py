@@ -27,6 +27,8 @@ class GPT2Tokenizer:
     name: str = "gpt2"
     n_vocab: int = 50257
     eot: int | None = 50256
+    special: Collection[str] = ()
+    begin: Sequence[int] = ()
 
     def __init__(self) -> None:
         import tiktoken  # 0.1 s, so only when it is asked for

@@ -42,6 +42,8 @@ class SentencePieceTokenizer:
     """
 
     name: str = "sentencepiece"
+    special: Collection[str] = ()
+    begin: Sequence[int] = ()
 
     def __init__(self, model: bytes) -> None:
         self._model = bytes(model)

@@ -72,6 +72,7 @@ class SimpleTokenizerV1:
 
     name: str = "simple-v1"
     special: ClassVar[tuple[str, ...]] = ()
+    begin: Sequence[int] = ()
     _space_before = re.compile(r"""\s+([,.?!"()'])""")
 
     def __init__(

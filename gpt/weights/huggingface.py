@@ -13,8 +13,9 @@ import numpy as np
 
 from gpt import tokenizers
 from gpt.errors import UserError
+from gpt.options import read_json_object
 from gpt.weights.families import FAMILIES, family_of
-from gpt.weights.names import from_ours, to_ours
+from gpt.weights.names import Format, from_ours, to_ours
 from gpt.weights.native import SavedModel, flush
 from gpt.weights.tensors import Stored, read_pickle, read_safetensors, read_sharded, write_safetensors
 from reference.config import GPTConfig
@@ -22,13 +23,14 @@ from reference.config import GPTConfig
 __all__ = ["read_folder", "read_tensors", "save_folder"]
 
 CONFIG, INDEX = "config.json", ".index.json"
+HEAD = "lm_head.weight"
 TOKENIZER = "twingrad.json"  # beside their files: the spec of a tokenizer that they have no form for
 SHARD_SIZE = 5 * 10**9  # bytes; what is larger is written in several files
 
 
 def read_folder(folder: Path) -> SavedModel:
     """A model's folder, or the folder of a file of weights. Raises UserError with what does not fit, and where."""
-    settings = _read_json(folder / CONFIG)
+    settings = read_json_object(folder / CONFIG)
     try:
         family = family_of(settings)
         config = family.config(settings)
@@ -39,9 +41,31 @@ def read_folder(folder: Path) -> SavedModel:
     if family.no_parameters:
         theirs = {name: tensor for name, tensor in theirs.items() if not family.no_parameters.fullmatch(name)}
     if config.tie_embeddings:
-        theirs.pop("lm_head.weight", None)  # a copy of the embedding
+        theirs = _without_copy(family.format, config, theirs, file)
     params = to_ours(family.format, config, theirs, str(file))
     return SavedModel(params, config, _tokenizer(folder, config))
+
+
+def _without_copy(format: Format, config: GPTConfig, theirs: dict[str, Stored], file: Path) -> dict[str, Stored]:
+    """A tied model's tensors without the head that some files hold as well. UserError if that is not the embedding."""
+    embedding = next(row.theirs for row in format.rows(config) if row.ours == ("tok_emb.weight",))
+    # Both are let go before anything else is read. A file without the embedding is refused afterwards, for that.
+    if {HEAD, embedding} <= theirs.keys() and not _equal(theirs[HEAD], theirs[embedding]):
+        raise UserError(
+            f"{file}: {HEAD} differs from {embedding}, expected a copy of it, for {CONFIG} ties them "
+            '("tie_word_embeddings": true)'
+        )
+    return {name: tensor for name, tensor in theirs.items() if name != HEAD}
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    """Whether two tensors hold the same numbers, NaN where the other has NaN."""
+    if a.shape != b.shape:
+        return False
+    # Part by part, because NumPy's comparison with NaN copies what it compares.
+    n_parts = 1 + a.nbytes // 2**22
+    first, second = (np.array_split(np.asarray(tensor).reshape(-1), n_parts) for tensor in (a, b))
+    return all(np.array_equal(one, other, equal_nan=True) for one, other in zip(first, second, strict=True))
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Stored], Path]:
@@ -132,23 +156,11 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_size: int, met
 def _tokenizer(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
     """The tokenizer that a folder carries; GPT-2's where there is none and the vocabulary has its size."""
     if (folder / TOKENIZER).exists():
-        return _read_json(folder / TOKENIZER).get("tokenizer")
+        return read_json_object(folder / TOKENIZER).get("tokenizer")
     spec = tokenizers.huggingface_spec(folder)
     if spec is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
         return {"name": "gpt2"}
     return spec
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
 
 
 def _write_json(path: Path, value: Any) -> None:

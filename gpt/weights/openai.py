@@ -10,7 +10,6 @@ which writes the variables under their names into a safetensors file in the cach
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from gpt.data.catalogue import cache_folder
 from gpt.data.files import replace
 from gpt.errors import UserError, check_installed, require
+from gpt.options import read_json
 from gpt.weights.names import FORMATS, to_ours
 from gpt.weights.native import SavedModel
 from gpt.weights.tensors import Stored, read_safetensors, write_safetensors
@@ -68,15 +68,13 @@ def dump_of(folder: Path) -> Path:
 
 
 def _config(path: Path) -> GPTConfig:
+    given = read_json(path)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
         V, T, C, L, H = (given[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head"))
         return GPTConfig(V, T, C, L, H, qkv_bias=True, tie_embeddings=True)
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror}") from None
     except KeyError as error:
         raise UserError(f"{path}: lacks {error}") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 

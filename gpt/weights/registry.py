@@ -34,7 +34,7 @@ from gpt.data.files import atomic_write
 from gpt.errors import UserError
 from gpt.options import did_you_mean
 
-__all__ = ["ENTRIES", "Entry", "File", "entries", "find", "folder", "get", "names"]
+__all__ = ["ENTRIES", "Entry", "File", "entries", "find", "folder", "get"]
 
 HUGGING_FACE = "https://huggingface.co"
 _OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models/"
@@ -151,11 +151,6 @@ ENTRIES = {
         ),
     )
 }
-
-
-def names() -> tuple[str, ...]:
-    """The names of all entries, smallest model first."""
-    return tuple(ENTRIES)
 
 
 def entries() -> tuple[Entry, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpt.errors import UserError, require
+from gpt.options import read_json
 
 __all__ = [
     "Stored",
@@ -175,11 +176,9 @@ def read_sharded(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict
     Files lie beside the index, never elsewhere; a name that the index knows and its file does not is an error.
     """
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(index)["weight_map"]
         files = sorted(set(names.values()))
-    except OSError as error:
-        raise UserError(f"{index}: could not be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{index}: not an index of weights, "weight_map": name -> file ({error!r})') from None
     shards = {}
     for file in files:

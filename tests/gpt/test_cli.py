@@ -17,7 +17,7 @@ import gpt
 from gpt import cli
 from gpt.data import open_tokens
 from gpt.errors import UserError
-from gpt.options import Parser, from_dict, parse_config, read_yaml, to_dict
+from gpt.options import Parser, from_dict, parse_config, read_json, read_json_object, read_yaml, to_dict
 from gpt.train.checkpoint import find_checkpoint
 from gpt.weights.native import save_model
 from reference import GPT, PRESETS
@@ -176,6 +176,31 @@ def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"run\.yaml: not YAML: ") as caught:
         parse(f"--config {file}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'"\xff"', b"[" * 100_000, b"9" * 5000, b'{"a": 1}\n\n}'])
+def test_a_file_that_is_not_json_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_json(file)
+    assert str(caught.value).startswith(f"{file}: not JSON: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_json_file_gives_what_it_holds(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"é": [1, null]}', encoding="utf-8")
+    assert read_json(str(file)) == read_json_object(file) == {"é": [1, None]}
+    file.write_text("[1]")
+    assert read_json(file) == [1]
+    with pytest.raises(UserError) as caught:
+        read_json_object(file)
+    assert str(caught.value) == f"{file}: expected a JSON object, got list"
+    for absent, why in ((tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError) as caught:
+            read_json_object(absent)
+        assert str(caught.value).startswith(f"{absent}: could not be read: {why}")
 
 
 def test_an_option_below_a_value_is_refused(tmp_path):

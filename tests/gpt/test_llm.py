@@ -1,5 +1,6 @@
 """The Python face and the two commands on it: generate and chat, in real processes where that is what matters."""
 
+import io
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from gpt import LLM
+from gpt.chat import clean_response
 from gpt.cli import main
 from gpt.errors import UserError
 from gpt.generate import Sampling, generate
@@ -335,9 +337,33 @@ def test_chat_with_a_template_keeps_the_conversation(path):
     for line in ("a", "b"):
         said.append({"role": "user", "content": line})
         answer = llm.chat(said, 5, template="chatml")
-        said.append({"role": "assistant", "content": answer})
+        said.append({"role": "assistant", "content": clean_response(answer)})
         expected += answer + "\n"
     assert done.stdout == expected, done.stderr
+
+
+def test_chat_keeps_an_answer_without_the_markers_that_the_model_wrote(monkeypatch, capsys):
+    shown = []
+
+    class Engine(Writes):
+        def new_cache(self, rows, capacity):
+            shown.append(b"")
+            return super().new_cache(rows, capacity)
+
+        def logits(self, tokens, cache=None, counts=None):
+            shown[-1] += bytes(id for id in tokens[0].tolist() if id < 256)
+            return super().logits(tokens, cache, counts)
+
+    answer = " Hi.<|im_start|>user\n[/INST] "
+    monkeypatch.setattr(LLM, "load", lambda *_: LLM(Engine(answer.encode()), ByteTokenizer()))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    assert main(["chat", "--style", "chatml"]) == 0
+    assert capsys.readouterr().out == f"{answer}\n{answer}\n\n"  # shown as it came
+    kept = clean_response(answer)
+    said = f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{kept}<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
+    assert shown[-1].startswith(f"{said}<|im_start|>assistant\n".encode())
+    assert "<" not in kept
+    assert "Hi." in kept
 
 
 def test_ctrl_c_stops_the_answer_and_then_at_the_prompt_the_program(path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gpt import tokenizers
 from gpt.errors import UserError
-from gpt.finetune.answers import Answered, EncodedEntries, Rows, encode, encode_answered
+from gpt.finetune.answers import Answered, EncodedEntries, Rows, encode_answered
+from gpt.tokenizers import encode_special
 
 TEXT = "It was the best of times, it was the worst of times; the épochs of belief…\n\n  we'll see 1775\n" * 5
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.text(" \n\t the'se1<|>", max_size=20)
@@ -42,7 +43,7 @@ def tokenizer_of(request):
 def test_the_prompts_tokens_lie_within_its_bytes_and_the_next_does_not(tokenizer_of, kind, prompt, answer):
     tokenizer = tokenizer_of(kind)
     ids, length = encode_answered(tokenizer, prompt, answer)
-    assert ids.tolist() == encode(tokenizer, prompt + answer)
+    assert ids.tolist() == encode_special(tokenizer, prompt + answer)
     end = len(prompt.encode())
     assert len(tokenizer.decode_bytes(ids[:length])) <= end
     if length < len(ids):

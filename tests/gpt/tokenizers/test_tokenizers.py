@@ -34,6 +34,15 @@ def test_specification_restores_the_tokenizer(name):
 
 
 @every
+def test_the_special_tokens_that_it_names_may_be_allowed(name):
+    tokenizer = tokenizers.load(name, SENTENCE)
+    end = {END_OF_TEXT} if tokenizer.eot is not None else set()
+    ids = tokenizer.encode(SENTENCE, allowed_special=end.union(tokenizer.special))
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(SENTENCE))
+    assert list(tokenizer.begin) == []
+
+
+@every
 @pytest.mark.parametrize("wrong", [-1, "n_vocab", 2**40])
 def test_an_id_outside_the_vocabulary_is_named(name, wrong):
     tokenizer = tokenizers.load(name, SENTENCE)

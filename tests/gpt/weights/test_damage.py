@@ -18,7 +18,7 @@ from gpt.tokenizers import ByteTokenizer
 from gpt.weights.huggingface import save_folder
 from gpt.weights.load import load, tensors
 from gpt.weights.native import SavedModel, save_model
-from gpt.weights.tensors import read_pickle, read_safetensors
+from gpt.weights.tensors import read_pickle, read_safetensors, write_safetensors
 from reference.config import GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
@@ -204,6 +204,53 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
         read_pickle(tmp_path / "small.bin")
     with pytest.raises(UserError, match="no such file"):
         read_pickle(tmp_path / "none.bin")
+
+
+def add_head(folder, head, kind):
+    """Put a head beside the tied embedding: into the one file, in safetensors or PyTorch's form, or as a shard."""
+    arrays = {name: np.array(stored) for name, stored in tensors(folder).items()}
+    if kind == "shards":
+        write_safetensors(folder / "head.safetensors", {"lm_head.weight": head}, {})
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["lm_head.weight"] = "head.safetensors"
+        path.write_text(json.dumps(index))
+        return path
+    for path in folder.glob("model*"):
+        path.unlink()
+    arrays["lm_head.weight"] = head
+    if kind == "safetensors":
+        write_safetensors(folder / "model.safetensors", arrays, {})
+        return folder / "model.safetensors"
+    torch = pytest.importorskip("torch")
+    held = {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in arrays.items()}
+    torch.save(held, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bfloat16 pickle"])
+@pytest.mark.filterwarnings("ignore:.*holds NaN")
+@pytest.mark.parametrize("change", ["none", "type", "value", "shape", "nan"])
+def test_a_head_beside_the_embedding_it_is_tied_to_must_be_its_copy(folder, kind, change):
+    embedding = PARAMS["tok_emb.weight"].copy()
+    if change == "nan":  # in both: damaged, but a copy
+        embedding[2, 3] = np.nan
+        save_folder(folder.parent / "nan", SavedModel({**PARAMS, "tok_emb.weight": embedding}, CONFIG, None), 1000)
+        folder = folder.parent / "nan"
+    head = embedding[:-1] if change == "shape" else embedding.copy()
+    head[4, 1] += change == "value"
+    head = head.astype(np.float64 if change == "type" else np.float32)
+    file = add_head(folder, head, kind)
+    if change in ("none", "type", "nan"):
+        saved = load(folder)
+        assert "head.weight" not in saved.params
+        if kind != "bfloat16 pickle":
+            np.testing.assert_array_equal(saved.params["tok_emb.weight"], embedding)
+        return
+    with pytest.raises(UserError, match=r"lm_head.weight differs from wte.weight, expected a copy") as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert_one_line(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "c:x", "", None, 3])
