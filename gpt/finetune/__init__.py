@@ -1,0 +1,1 @@
+"""Teaching a finished model something: adapters beside its weights, classes, instructions, preferences."""
