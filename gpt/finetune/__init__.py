@@ -1,1 +1,1 @@
-"""Finetuning: what a pretrained model learns a task from, as batches of `gpt.engine`."""
+"""Finetuning: adapters, tasks and their data, each on the one trainer."""
