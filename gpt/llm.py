@@ -53,24 +53,38 @@ class LLM:
         memory.return_freed()
 
     @classmethod
-    def load(cls, source: str | Path, engine: str = "auto", dtype: str | None = None, device: str = "auto") -> LLM:
+    def load(
+        cls,
+        source: str | Path,
+        engine: str = "auto",
+        dtype: str | None = None,
+        device: str = "auto",
+        adapter: str | Path | None = None,
+    ) -> LLM:
         """A model from a name of `twingrad weights list`, a Hugging Face repository's name, a folder or a file.
 
         `engine` is numpy, torch, triton, or auto: torch where it is installed. `dtype` is float32 or float64, by
-        default float64 for weights that are stored so, else float32. The prompt style is the one that the model was
+        default float64 for weights that are stored so, else float32. `adapter`: a file of low-rank adapters that were
+        trained beside these weights (gpt/finetune/adapters.py). The prompt style is the one that the model was
         finetuned with. Raises UserError with what is wrong and where.
         """
         from gpt.weights.load import load
 
         saved = load(source)
-        if saved.tokenizer is None:
+        tokenizer = saved.tokenizer
+        if tokenizer is None:
             raise UserError(f"{source}: holds no tokenizer, so text means nothing to this model")
+        if adapter is not None:
+            from gpt.finetune.adapters import load_adapter
+
+            params, config = load_adapter(adapter, saved.params, saved.config)
+            saved = saved._replace(params=params, config=config)
         if dtype is None:
             dtype = "float64" if all(p.dtype == np.float64 for p in saved.params.values()) else "float32"
         style = (saved.task or {}).get("style", "alpaca")
         return cls(
             create_engine(engine, saved.config, saved.params, dtype=dtype, device=device),
-            tokenizers.from_spec(saved.tokenizer),
+            tokenizers.from_spec(tokenizer),
             style if style in prompts.STYLES else "alpaca",
         )
 
@@ -164,6 +178,8 @@ class GenerateConfig:
     """A run's folder (its best, else its last checkpoint), a folder or file of weights, or a name (weights list)."""
     prompt: str = ""
     """The text to continue."""
+    adapter: str | None = None
+    """A file of low-rank adapters that were trained beside these weights."""
     engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     samples: int = 1
@@ -181,7 +197,7 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> None:
     """Print the prompt and its continuation: one sample as it is written, several when they are."""
-    llm = LLM.load(config.model, config.engine)
+    llm = LLM.load(config.model, config.engine, adapter=config.adapter)
     settings = {"samples": config.samples, "stop": config.stop, **dataclasses.asdict(config.sampling)}
     if config.samples > 1:
         print(*(config.prompt + text for text in llm.generate(config.prompt, **settings)), sep="\n\n")
@@ -199,6 +215,8 @@ class ChatConfig:
 
     model: str = "runs/latest"
     """A run's folder (its best, else its last checkpoint), a folder or file of weights, or a name (weights list)."""
+    adapter: str | None = None
+    """A file of low-rank adapters that were trained beside these weights."""
     engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     style: Literal["plain", "alpaca", "phi3", "llama3", "chatml", "zephyr"] = "plain"
@@ -211,7 +229,7 @@ class ChatConfig:
 
 def chat(config: ChatConfig) -> None:
     """The loop behind `twingrad chat`: reads prompts from standard input, writes answers to standard output."""
-    llm = LLM.load(config.model, config.engine)
+    llm = LLM.load(config.model, config.engine, adapter=config.adapter)
     llm.style = config.style
     keeps = config.style in templates.TEMPLATES  # the other styles put each prompt by itself
     said: list[dict[str, str]] = []

@@ -93,6 +93,8 @@ class RespondConfig:
     model: str = "runs/latest"
     """A run's folder (its finished model, its best, else its last checkpoint), a folder or file of weights, or a
     name (weights list)."""
+    adapter: str | None = None
+    """A file of low-rank adapters that were trained beside these weights."""
     engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
     style: Literal["auto", "alpaca", "phi3", "plain"] = "auto"
@@ -110,7 +112,7 @@ class RespondConfig:
 def run(config: RespondConfig) -> None:
     """Answer, and print the first answers."""
     entries: Entries = JsonEntries(data_file(config.data))[: config.limit]
-    llm = LLM.load(config.model, config.engine)
+    llm = LLM.load(config.model, config.engine, adapter=config.adapter)
     if config.style != "auto":
         llm.style = config.style
     answered = respond(llm, entries, Path(config.out), config.key, config.max_new_tokens)

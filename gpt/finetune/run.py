@@ -20,7 +20,7 @@ from gpt import tokenizers
 from gpt.data import Loader
 from gpt.data.catalogue import ENTRIES, get
 from gpt.data.files import atomic_write
-from gpt.engine import Engine
+from gpt.engine import Engine, Tensor
 from gpt.errors import UserError
 from gpt.finetune.adapters import adapt, merge, save_adapter
 from gpt.finetune.config import FinetuneConfig
@@ -107,16 +107,14 @@ def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | N
     """The trainer of a run, before its first step, and the task."""
     saved = load(config.weights) if config.weights else None
     if saved and saved.config.lora:
-        saved = saved._replace(**dict(zip(("params", "config"), merge(saved.params, saved.config), strict=True)))
+        params, architecture = merge(saved.params, saved.config)
+        saved = saved._replace(params=params, config=architecture)
     tokenizer = _tokenizer(config, saved)
     generator = Generator(config.train.seed)
     model = model_config(config, tokenizer.n_vocab, saved)
-    params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
-    try:
-        changes = {**task_class.changes(config, model), "lora": config.lora.settings()}
-        params, model = adapt(params, model, generator, **changes)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
+    changes = {**task_class.changes(config, model), "lora": config.lora.settings()}
+    params, model = adapt(base, model, generator, **changes)
     task = task_class(config, tokenizer, model, generator)
     patterns = config.optimizer.trained or (() if model.lora else task.trained(model))
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
@@ -140,7 +138,8 @@ def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | N
 
 def _save(out: Path, config: FinetuneConfig, trainer: Trainer, task: Task) -> None:
     """The finished model, and its adapters alone."""
-    params, model = trainer.engine.parameters(), trainer.engine.config
+    model = trainer.engine.config
+    params: Mapping[str, Tensor] = trainer.engine.parameters()
     if model.lora:
         save_adapter(out / ADAPTER, params, model)
         params, model = merge(params, model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt.engine import Tensor
 from gpt.errors import UserError
 from gpt.train.checkpoint import find_checkpoint
 from gpt.weights import huggingface, llama2_c, native, openai, registry
@@ -93,7 +94,7 @@ def _model_file(path: Path) -> Path:
     return path / MODEL if (path / MODEL).exists() else path
 
 
-def _watched(path: Path, name: str, array: Stored) -> Stored:
+def _watched(path: Path, name: str, array: Tensor) -> Stored:
     """The same array; reading it warns of a NaN."""
 
     def read() -> np.ndarray:
@@ -104,4 +105,5 @@ def _watched(path: Path, name: str, array: Stored) -> Stored:
             warnings.warn(f"{path}: {name} holds NaN", stacklevel=2)
         return values
 
-    return Stored(array.shape, array.dtype, array.kind, read)
+    kind = array.kind if isinstance(array, Stored) else array.dtype.name
+    return Stored(array.shape, array.dtype, kind, read)

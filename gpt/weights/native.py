@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt.data.files import replace
-from gpt.engine import check_arrays
+from gpt.engine import Tensor, check_arrays
 from gpt.errors import UserError
 from gpt.weights.names import check_layers
-from gpt.weights.tensors import Stored, read_safetensors, write_safetensors
+from gpt.weights.tensors import read_safetensors, write_safetensors
 from reference.config import GPTConfig
 
 __all__ = ["FORMAT", "SavedModel", "check_shapes", "check_version", "flush", "read_model", "save_model", "write_model"]
@@ -25,7 +25,7 @@ FORMAT = 1
 class SavedModel(NamedTuple):
     """What generation needs."""
 
-    params: Mapping[str, Stored]  # each is read when it is made an array
+    params: Mapping[str, Tensor]  # from a file: each is read when it is made an array
     config: GPTConfig
     tokenizer: dict[str, Any] | None  # a tokenizer's spec()
     task: dict[str, Any] | None = None  # what the model was finetuned for: its "kind", and what using it needs

@@ -355,7 +355,7 @@ def test_chat_keeps_an_answer_without_the_markers_that_the_model_wrote(monkeypat
             return super().logits(tokens, cache, counts)
 
     answer = " Hi.<|im_start|>user\n[/INST] "
-    monkeypatch.setattr(LLM, "load", lambda *_: LLM(Engine(answer.encode()), ByteTokenizer()))
+    monkeypatch.setattr(LLM, "load", lambda *_, **__: LLM(Engine(answer.encode()), ByteTokenizer()))
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
     assert main(["chat", "--style", "chatml"]) == 0
     assert capsys.readouterr().out == f"{answer}\n{answer}\n\n"  # shown as it came
