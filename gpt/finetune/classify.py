@@ -31,7 +31,7 @@ from reference import cross_entropy
 from reference.config import GPTConfig
 from reference.torch_rng import Generator
 
-__all__ = ["AskConfig", "Classifier", "Classify", "ask"]
+__all__ = ["AskConfig", "Classifier", "Classify", "ask", "trained_layers"]
 
 KIND = "classification"
 SHOWN = 6  # texts, when training is done
@@ -84,8 +84,7 @@ class Classify(Task):
         layers = self.config.layers
         if layers == "auto":
             layers = "last_block" if self.config.weights else "all"
-        last_block = (f"blocks.{model.n_layers - 1}.*", "final_norm.*", "head.*")
-        return {"head": ("head.*",), "last_block": last_block, "all": ()}[layers]
+        return trained_layers(layers, model)
 
     def measure(self, engine: Engine, batch: Batch) -> Mapping[str, float]:
         """Loss and accuracy from one pass: the logits of the one position that counts in each text."""
@@ -114,6 +113,12 @@ class Classify(Task):
     def file_name(self, weights: str) -> str:
         """The book's name."""
         return "review_classifier"
+
+
+def trained_layers(layers: str, model: GPTConfig) -> tuple[str, ...]:
+    """Patterns of the parameters that learn with `layers` head, last_block or all; none: all."""
+    last_block = (f"blocks.{model.n_layers - 1}.*", "final_norm.*", "head.*")
+    return {"head": ("head.*",), "last_block": last_block, "all": ()}[layers]
 
 
 class Classifier:

@@ -1,18 +1,22 @@
-"""Appendix A: a perceptron on a toy problem. Appendix D: clipping and the learning rate."""
+"""Appendix A: a perceptron on a toy problem. D: clipping and the learning rate. E: sizes of low-rank adapters."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from gpt.data.order import BatchOrder
+from gpt.engine import trained_names
 from gpt.generate import sample_probabilities
 from gpt.train.schedule import warmup_cosine
+from reference.lora import LoRA
 from reference.torch_rng import Generator
 from tests.figures import engines
+from tests.figures.chapter6 import SMALL, classifier
 from tests.figures.engines import Layers, draw_linear
 from tests.figures.registry import figure
 
@@ -126,6 +130,19 @@ def learning_rates() -> dict[str, float]:
     """Of some of 135 steps: 20 of warmup, then a cosine."""
     schedule = {"total": 135, "peak": 1e-2, "warmup": 20, "initial": 1e-4, "minimum": 1e-5}
     return {str(step): warmup_cosine(step, **schedule) for step in (0, 1, 19, 20, 77, 100, 134)}  # type: ignore[arg-type]
+
+
+@figure("appE.lora.params")
+def sizes_of_adapters() -> dict[str, int]:
+    model = classifier(SMALL)
+    adapted = model.replace(lora=LoRA(rank=16, alpha=16.0))
+    shapes, trained = adapted.parameter_shapes(), trained_names(adapted)
+    frozen = [name for name in trained if name in model.parameter_shapes()]
+    return {
+        "before": model.n_parameters,
+        "frozen": sum(math.prod(shapes[name]) for name in frozen),
+        "lora": sum(math.prod(shapes[name]) for name in trained),
+    }
 
 
 @figure("course.orpo.lr_lambda")

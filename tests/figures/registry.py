@@ -75,6 +75,8 @@ def load_all() -> dict[str, Reproduction]:
         chapter3,
         chapter4,
         chapter5,
+        chapter6,
+        chapter7,
         pretrained,
         random_numbers,
     )

@@ -12,8 +12,16 @@ from tests.figures import engines, pretrained, registry
 
 REPRODUCTIONS = registry.load_all()
 HERE = {name: reproduction for name, reproduction in REPRODUCTIONS.items() if name not in registry.PRETRAINED}
+DATA = {
+    "the-verdict": "the-verdict.txt",
+    "sms-spam": "SMSSpamCollection.tsv",
+    "instruction-data": "instruction-data.json",
+}
 NEEDS = {
-    "the-verdict": ("TWINGRAD_DATA" in os.environ, "TWINGRAD_DATA names no folder with the-verdict.txt"),
+    **{
+        name: ("TWINGRAD_DATA" in os.environ, f"TWINGRAD_DATA names no folder with {file}")
+        for name, file in DATA.items()
+    },
     "gpt2": ("TIKTOKEN_CACHE_DIR" in os.environ, "TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary"),
     "torch": (True, ""),
 }
