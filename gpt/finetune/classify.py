@@ -21,6 +21,7 @@ from gpt.data.examples import ExampleLoader
 from gpt.engine import IGNORE, Batch, Engine, create_engine
 from gpt.errors import UserError
 from gpt.finetune import classification as data
+from gpt.finetune.answers import check_positive_or_none
 from gpt.finetune.config import ClassifyConfig
 from gpt.finetune.run import Task, data_file, end_token
 from gpt.tokenizers import Tokenizer, encode_special
@@ -148,6 +149,7 @@ class Classifier:
 
         Texts are padded to that length as in training, where the model saw them so.
         """
+        check_positive_or_none(max_length=max_length)
         length = min(max_length or self.max_length or self.engine.config.context_length, self._context())
         examples = []
         for number, text in enumerate(texts, 1):
@@ -187,6 +189,7 @@ class AskConfig:
     def __post_init__(self) -> None:
         if not self.text:
             raise UserError('text: expected one to classify, got none; give it as in: twingrad classify "..."')
+        check_positive_or_none(max_length=self.max_length)
 
 
 def ask(config: AskConfig) -> None:

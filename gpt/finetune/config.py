@@ -159,6 +159,10 @@ class InstructConfig(FinetuneConfig):
     max_new_tokens: int = 256
     """Tokens of an answer, at most."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_answers(self.responses, self.max_new_tokens)
+
 
 @dataclass
 class PreferConfig(FinetuneConfig):
@@ -192,3 +196,12 @@ class PreferConfig(FinetuneConfig):
         super().__post_init__()
         if not self.beta > 0:
             raise UserError(f"beta: expected a positive number, got {self.beta}")
+        _check_answers(self.responses, self.max_new_tokens)
+
+
+def _check_answers(responses: int | None, max_new_tokens: int) -> None:
+    """Said before training, and not when it is time to answer."""
+    if responses is not None and responses < 0:
+        raise UserError(f"responses: expected at least 0, got {responses}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")

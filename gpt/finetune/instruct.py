@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt.data.examples import Entries, ExampleLoader, JsonEntries
+from gpt.data.examples import Entries, ExampleLoader, JsonEntries, Subset, number, where
 from gpt.engine import Engine
 from gpt.finetune import instructions as data
 from gpt.finetune.config import InstructConfig
 from gpt.finetune.respond import KEY, respond, show
 from gpt.finetune.run import Task, data_file, end_token
 from gpt.llm import LLM
-from gpt.tokenizers import Tokenizer
+from gpt.prompts import format_prompt
+from gpt.tokenizers import Tokenizer, begun, encode_special
 from gpt.train.progress import Progress
 from gpt.train.trainer import evaluate
 from gpt.weights import registry
@@ -45,6 +46,7 @@ class Instruct(Task):
         self.train_loader = ExampleLoader(sets[0], collate, size, shuffle, drop, generator)
         self.validation_loader = ExampleLoader(sets[1], collate, size, False, False, generator)
         self.held_out = held_out
+        self.asked, self.unanswered = self._prompts(model.context_length)
         self.dropped = [entry for part in sets for entry in part.dropped]
         too_long = f", {len(self.dropped)} left out, whose prompts are too long" if self.dropped else ""
         self.data = f"{config.data}: {len(entries):,} entries, {len(sets[0]):,} to train on{too_long}"
@@ -62,18 +64,35 @@ class Instruct(Task):
         """The validation loss on all entries, and answers to the test entries, in a file."""
         results: dict[str, Any] = {
             "validation_loss": evaluate(engine, self.validation_loader),
-            "dropped": [{"entry": number, "reason": reason} for number, reason in self.dropped],
+            "dropped": [{"entry": entry, "reason": reason} for entry, reason in self.dropped],
+            "unanswered": [{"entry": entry, "reason": reason} for entry, reason in self.unanswered],
         }
         llm = LLM(engine, self.tokenizer, self.config.style)
-        asked = self.test[: self.config.responses]
-        if len(asked):
+        if len(self.asked):
             out = Path(self.config.out, RESPONSES)
             out.unlink(missing_ok=True)  # of an earlier end of this run
-            progress.line(f"Answering {len(asked)} test entries ...")
-            answered = respond(llm, asked, out, KEY, self.config.max_new_tokens)
+            progress.line(f"Answering {len(self.asked)} test entries ...")
+            answered = respond(llm, self.asked, out, KEY, self.config.max_new_tokens)
             show(answered[:3], KEY, progress.line)
             progress.line(f"All answers: {out}")
         return results
+
+    def _prompts(self, context: int) -> tuple[Subset, list[tuple[int, str]]]:
+        """The test entries that will be answered, and those whose prompts leave no room: number and reason."""
+        rows, unanswered = [], []
+        for i in range(len(self.test)):
+            if len(rows) == self.config.responses:
+                break
+            entry = self.test[i]
+            data.check_entry(entry, where(self.test, i))
+            length = len(begun(self.tokenizer, encode_special(self.tokenizer, format_prompt(entry, self.config.style))))
+            if length <= context:
+                rows.append(i)
+            else:
+                unanswered.append(
+                    (number(self.test, i), f"the prompt has {length} tokens, the model's context {context}")
+                )
+        return Subset(self.test, rows), unanswered
 
     def file_name(self, weights: str) -> str:
         """As the book's gpt2-medium355M-sft: the model's name and size, without spaces and parentheses."""
@@ -83,4 +102,6 @@ class Instruct(Task):
 def plain_name(weights: str) -> str:
     """A name for files of what began with these weights: of the registry's models with the size, as in the book."""
     size = registry.ENTRIES[weights].size if weights in registry.ENTRIES else ""
-    return re.sub(r"[ ()]", "", Path(weights).name) + size
+    path = Path(weights)
+    name = path.stem if path.suffix in (".safetensors", ".bin", ".pt", ".pth") else path.resolve().name
+    return re.sub(r"^\.+|[ ()]", "", name) + size

@@ -114,6 +114,10 @@ def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | N
     model = model_config(config, tokenizer.n_vocab, saved)
     base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
     changes = {**task_class.changes(config, model), "lora": config.lora.settings()}
+    if "n_outputs" not in changes and model.n_outputs != model.vocab_size:
+        raise UserError(
+            f"{config.weights or 'model'}: tells {model.n_outputs} classes apart, and writes no text to be taught"
+        )
     params, model = adapt(base, model, generator, **changes)
     task = task_class(config, tokenizer, model, generator)
     patterns = config.optimizer.trained or (() if model.lora else task.trained(model))
