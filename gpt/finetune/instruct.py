@@ -79,7 +79,7 @@ class Instruct(Task):
 
     def _prompts(self, context: int) -> tuple[Subset, list[tuple[int, str]]]:
         """The test entries that will be answered, and those whose prompts leave no room: number and reason."""
-        rows, unanswered = [], []
+        rows, unanswered = list[int](), list[tuple[int, str]]()
         for i in range(len(self.test)):
             if len(rows) == self.config.responses:
                 break

@@ -215,7 +215,7 @@ def test_what_is_left_out_is_really_left_out_and_counted(config, pairs, twingrad
     long = "the prompt has 20 tokens, expected fewer than 20"
 
     def left_out(**changes):
-        """How many pairs there are to train and to validate, which were left out and why, and those of equal answers."""
+        """How many pairs there are to train and to validate, which are left out and why, and those of equal answers."""
         _, task = build(replace(config, **changes), Prefer, Progress())
         return [len(part) for part in task.sets], dict(task.dropped), sorted(task.identical)
 
