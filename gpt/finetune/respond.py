@@ -15,6 +15,7 @@ from typing import Any, Literal
 from gpt.data.examples import Entries, JsonEntries, where
 from gpt.errors import UserError
 from gpt.evaluate import progress as shown
+from gpt.finetune.answers import check_positive_or_none
 from gpt.finetune.run import data_file, write_json
 from gpt.llm import LLM
 
@@ -107,6 +108,11 @@ class RespondConfig:
     """Tokens of an answer, at most."""
     out: str = "responses.json"
     """The file of entries with their answers."""
+
+    def __post_init__(self) -> None:
+        if self.key in ("instruction", "input", "output"):
+            raise UserError(f"key: an answer under {self.key!r} would take the place of what the entry says there")
+        check_positive_or_none(limit=self.limit, max_new_tokens=self.max_new_tokens)
 
 
 def run(config: RespondConfig) -> None:

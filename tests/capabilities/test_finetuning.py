@@ -338,6 +338,22 @@ def test_a_file_is_answered_by_the_base_and_by_the_finetuned_model(name, weights
     assert any(entry["base_model"] != entry["finetuned_model"] for entry in answered)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--key", "output"), "key: an answer under 'output' would take the place of what the entry says there"),
+        (("--limit", "0"), "limit must be at least 1, got 0"),
+        (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, got 0"),
+        (("--model", "nothing"), "nothing: no such file or folder"),
+    ],
+)
+def test_what_cannot_be_answered_so_is_said_in_one_line(weights, data, tmp_path, capsys, flags, message):
+    given = ["--data", str(data), "--model", str(weights), "--engine", "numpy", "--out", str(tmp_path / "answers.json")]
+    assert main(["respond", *given, *flags]) == 2
+    assert re.fullmatch(f"error: {re.escape(message)}[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "answers.json").exists()
+
+
 def test_answering_goes_on_where_it_was_stopped(weights, tmp_path, capsys):
     llm, out = LLM.load(weights, "numpy"), tmp_path / "answers.json"
     llm.style = "plain"
