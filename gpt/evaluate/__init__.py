@@ -1,0 +1,1 @@
+"""Evaluation: likelihoods, multiple choice, judges, and the adaptor of lm-evaluation-harness."""
