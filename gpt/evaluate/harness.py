@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ def harness_class() -> type:
             return {
                 "engine": self.llm.engine.name,
                 "tokenizer": self.llm.tokenizer.name,
-                "model_num_parameters": sum(p.size for p in self.llm.engine.parameters().values()),
+                "model_num_parameters": sum(map(math.prod, config.parameter_shapes().values())),
                 "context_length": config.context_length,
             }
 

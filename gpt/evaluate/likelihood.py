@@ -267,7 +267,8 @@ def _add_up(
         logps[owner].append(logp)
         counts[owner] += row.scored
         greedy[owner] &= best
-    return [Likelihood(math.fsum(part), *rest) for part, *rest in zip(logps, counts, sizes, greedy, strict=True)]
+    found = zip(logps, counts, sizes, greedy, strict=True)
+    return [Likelihood(math.fsum(parts), count, size, best) for parts, count, size, best in found]
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -17,6 +17,9 @@ class Thinks:
         self.config = GPTConfig(vocab_size, context, 4, 1, 1)
         self.thought, self.rows = thought, 0
 
+    def new_cache(self, rows, capacity):
+        """None: a text that is written is read from its beginning each time."""
+
     def token_logps(self, batch):
         self.rows += len(batch.inputs)
         logps, best = np.zeros(batch.inputs.shape), np.zeros(batch.inputs.shape, bool)

@@ -129,28 +129,19 @@ def test_the_harness_runs_on_it(llm, folder, manager, peer_logps):
 
 def test_the_harness_measures_a_model_that_knows_the_answers(folder, manager):
     def thought(ids):
-        said = bytes(i for i in ids if i < 256).decode(errors="replace")
-        question = next(e for e in ENTRIES if f"long one{'?' * e['answer']}" in said and e["question"] in said[:60])
-        rest = said.removeprefix(question["question"])
-        wanted = question["choices"][question["answer"]]
-        answer = f" {wanted}" if rest.startswith(" ") else f"{wanted}\n"
+        said = bytes(i for i in ids if i < EOT).decode()
+        entry = next(e for e in reversed(ENTRIES) if said.startswith(e["question"]))  # the most question marks first
+        rest = said.removeprefix(entry["question"])
+        answer = f"{entry['choices'][entry['answer']]}\n and more"
         logits = np.zeros(257)
-        logits[ord(answer[len(rest)]) if len(rest) < len(answer) else EOT] = 9.0
+        logits[ord(answer[len(rest)])] = 9.0
         return logits
 
-    ENTRIES_BY_LENGTH = ENTRIES[:3]  # noqa: N806 - each has another number of question marks
-    data = folder / "questions.jsonl"
-    data.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES_BY_LENGTH))
     llm = thinks(thought)
-    scored = []
-
-    class Engine(type(llm.engine)):
-        def new_cache(self, rows, capacity):
-            return None
-
-    llm.engine.__class__ = Engine
-    scored = harness.evaluate_harness(llm, ["twin_writing"], folder, limit=2)["results"]
-    assert scored["twin_writing"]["exact_match,none"] == 1.0
+    found = harness.evaluate_harness(llm, ["twin_writing"], folder)
+    assert found["results"]["twin_writing"]["exact_match,none"] == 1.0  # "sky blue" is as long as an answer may be
+    found = harness.evaluate_harness(llm, ["twin_writing"], folder, limit=2)
+    assert found["n-samples"] == {"twin_writing": {"original": 5, "effective": 2}}
 
 
 @given(st.integers(0, 200), st.integers(1, 30))
@@ -200,7 +191,7 @@ def test_likelihoods_are_those_of_the_harnesss_own_rules(llm, peer_logps, pairs)
 
 
 def test_what_is_written_is_what_the_model_writes_alone(llm):
-    contexts = ["No one", "could have believed", "a", "in the last years"]
+    contexts = ["No one", "could have", "a", "in the last years"]
     greedy = {"until": ["\n", "zz"], "max_gen_toks": 6}
     drawn = {"until": "e", "max_gen_toks": 5, "do_sample": True, "temperature": 1.5, "top_k": 50}
     asked = requests(*((context, given) for context in contexts for given in (greedy, drawn)))
