@@ -141,7 +141,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _read_csv(path: Path) -> Iterator[Question]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
     line = 1
     try:
         for row in reader:  # a quoted field may go on over several lines
@@ -153,7 +153,7 @@ def _read_csv(path: Path) -> Iterator[Question]:
 
 
 def _read_json(path: Path) -> Iterator[Question]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -188,6 +188,10 @@ def _question(question: str, choices: Sequence[str], answer: Any, subject: str, 
         expected = f"a letter from A to {LETTERS[count - 1]} or a number from 0 to {count - 1}"
         raise UserError(f"{where}: expected as answer {expected}, got {_short(answer)}")
     return Question(question, tuple(choices), number, subject, where)
+
+
+def _text(path: Path) -> str:
+    return read_text(path).removeprefix("\ufeff")  # which spreadsheets write first
 
 
 def _stem(path: Path) -> str:
@@ -392,7 +396,7 @@ def plot_accuracy(results: Results, title: str = "") -> Figure:
         )
         chance = 100 * results.overall.chance
         axes.axvline(chance, color=GREY, linestyle="--", linewidth=1, label=f"chance, {chance:.0f}%")
-        labels = [f"{name.replace('_', ' ')} ({accuracy.questions})" for name, accuracy in rows.items()]
+        labels = [f"{name.replace('_', ' ')} ({accuracy.questions:,})" for name, accuracy in rows.items()]
         axes.set_yticks(range(len(rows)), labels)
         measure = "Accuracy" if results.overall.acc_norm is None else "Accuracy, by bytes"
         axes.set(xlabel=f"{measure} (%), with its standard error", xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3))
@@ -401,7 +405,7 @@ def plot_accuracy(results: Results, title: str = "") -> Figure:
         axes.set_axisbelow(True)
         for side in ("right", "top"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))  # above, where no bar is
     return figure
 
 

@@ -122,7 +122,7 @@ def list_(argv: list[str]) -> None:
     print(f"{'task':<{width}}" + "".join(f"{split:>8}" for split in SPLITS))
     for name, task in tasks.items():
         counts = (f"{len(task.questions(split)):,}" if split in task.files else "" for split in SPLITS)
-        print(f"{name:<{width}}" + "".join(f"{count:>8}" for count in counts))
+        print((f"{name:<{width}}" + "".join(f"{count:>8}" for count in counts)).rstrip())
 
 
 def choices(argv: list[str]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 import os
 from collections import defaultdict
@@ -44,7 +43,7 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def harness_class() -> type:
     """HarnessLM. UserError where lm_eval is not installed."""
-    _quiet()
+    os.environ.setdefault("USE_TF", "0")  # its libraries load TensorFlow, which beside PyTorch may end a process
     base: Any = require("lm_eval.api.model", extra="harness").LM
 
     class HarnessLM(base):
@@ -170,6 +169,7 @@ def evaluate_harness(
     """
     lm = harness_class()(llm, batch_size, meter)
     library: Any = require("lm_eval", extra="harness")
+    failed: Any = require("datasets.exceptions", extra="harness").DatasetsError
     manager: Any = require("lm_eval.tasks", extra="harness").TaskManager(include_path=str(folder) if folder else None)
     for name in tasks:
         if name not in manager.all_tasks:
@@ -184,8 +184,8 @@ def evaluate_harness(
             task_manager=manager,
             log_samples=False,
         )
-    except OSError as error:
-        raise UserError(f"the data of {', '.join(tasks)} cannot be loaded: {error}") from error
+    except (OSError, failed) as error:
+        raise UserError(f"the data of {', '.join(tasks)} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def write_harness(path: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -196,10 +196,3 @@ def write_harness(path: Path, results: Mapping[str, Any], config: Mapping[str, A
     }
     with atomic_write(path) as file:
         file.write(json.dumps(written, ensure_ascii=False, indent=1, default=str).encode())
-
-
-def _quiet() -> None:
-    """Before the harness is imported: it loads what it can, TensorFlow too, which next to PyTorch may end a process."""
-    os.environ.setdefault("USE_TF", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)

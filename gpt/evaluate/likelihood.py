@@ -97,7 +97,7 @@ def continuation_logps(
             rows.append(_Row(tokens[begin:end], end - predicted))
             owners.append(i)
     sizes = [len(_utf8(continuation)) for _, continuation in pairs]
-    return _add_up(_score(llm.engine, rows, batch_size, meter), rows, owners, sizes)
+    return _add_up(_score(llm.engine, rows, batch_size, meter, share=True), rows, owners, sizes)
 
 
 def rolling_logps(llm: LLM, texts: Sequence[str], batch_size: int = 4, meter: Meter | None = None) -> list[Likelihood]:
@@ -192,11 +192,14 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _score(engine: Engine, rows: Sequence[_Row], batch_size: int, meter: Meter | None) -> list[tuple[float, bool]]:
+def _score(
+    engine: Engine, rows: Sequence[_Row], batch_size: int, meter: Meter | None, share: bool = False
+) -> list[tuple[float, bool]]:
     """The log-probability of what each row predicts, and whether all of it is what the model would write.
 
     Rows of similar length go together, the longest first, so that little is padded and memory that does not suffice
-    shows at once. Rows that differ in their last token alone, as the letters behind a question, are read once.
+    shows at once. With `share`, rows that differ in their last token alone, as the letters behind a question, are read
+    once.
     """
     if batch_size < 1:
         raise UserError(f"batch_size: expected at least 1, got {batch_size}")
@@ -204,7 +207,7 @@ def _score(engine: Engine, rows: Sequence[_Row], batch_size: int, meter: Meter |
         raise UserError(f"the model tells {engine.config.n_outputs} classes apart, and predicts no next token")
     same: dict[bytes, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        if row.scored == 1:
+        if share and row.scored == 1:
             same[row.tokens[:-1].tobytes()].append(i)
     shared = [group for group in same.values() if len(group) > 1]
     together = {i for group in shared for i in group}
@@ -215,7 +218,8 @@ def _score(engine: Engine, rows: Sequence[_Row], batch_size: int, meter: Meter |
     try:
         for group in _chunks(sorted(alone, key=lambda i: -len(rows[i].tokens)), batch_size):
             batch = [rows[i] for i in group]
-            scores |= zip(group, _targets(engine, batch), strict=True)
+            for i, score in zip(group, _targets(engine, batch), strict=True):
+                scores[i] = _checked(*score)
             meter.advance(sum(len(row.tokens) - 1 for row in batch))
         for groups in _chunks(sorted(shared, key=lambda group: -len(rows[group[0]].tokens)), batch_size):
             contexts = [rows[group[0]].tokens[:-1] for group in groups]
@@ -223,13 +227,17 @@ def _score(engine: Engine, rows: Sequence[_Row], batch_size: int, meter: Meter |
                 best = logps.max()
                 for i in group:
                     logp = logps[rows[i].tokens[-1]]
-                    scores[i] = float(logp), bool(logp >= best)
+                    scores[i] = _checked(float(logp), bool(logp >= best))
             meter.advance(sum(map(len, contexts)))
     finally:
         meter.close()
-    if any(math.isnan(logp) for logp, _ in scores.values()):
-        raise UserError("a log-probability is not a number; the model's parameters are broken")
     return [scores[i] for i in range(len(rows))]
+
+
+def _checked(logp: float, greedy: bool) -> tuple[float, bool]:
+    if math.isnan(logp):
+        raise UserError("a log-probability is not a number; the model's parameters are broken")
+    return logp, greedy
 
 
 def _targets(engine: Engine, batch: Sequence[_Row]) -> list[tuple[float, bool]]:
@@ -253,7 +261,8 @@ def _next_logps(engine: Engine, contexts: Sequence[np.ndarray]) -> np.ndarray:
         padded[: len(context)] = context
     logits = engine.logits(tokens, None, counts if counts.min() < counts.max() else None)
     shifted = np.asarray(logits, np.float64)
-    shifted = shifted - shifted.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # what is not a number is refused with the scores
+        shifted = shifted - shifted.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 

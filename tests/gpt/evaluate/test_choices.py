@@ -92,6 +92,10 @@ def test_both_formats_are_read(tmp_path):
     assert (second.answer, second.where[-6:]) == (2, "line 3")
     path = write_jsonl(tmp_path / "r.jsonl", [entry(1, 3), entry(2, "c", subject="colours"), entry(3, "A")])
     assert [(q.answer, q.subject) for q in read_questions(path)] == [(3, "r"), (2, "colours"), (0, "r")]
+    for marked in (path, tmp_path / "test" / "world_history_test.csv"):  # as spreadsheets write a file
+        before = read_questions(marked)
+        marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+        assert read_questions(marked) == before
 
 
 @given(

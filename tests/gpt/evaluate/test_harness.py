@@ -238,6 +238,10 @@ def test_an_unknown_task_is_named_with_the_nearest(llm, folder, manager):
 
 
 def test_data_that_is_not_there_is_one_line(llm, folder, manager):
+    (folder / "questions.jsonl").write_text("{")
+    with pytest.raises(UserError, match="the data of twin_choice cannot be loaded: ") as caught:
+        harness.evaluate_harness(llm, ["twin_choice"], folder)
+    assert "\n" not in str(caught.value)
     (folder / "questions.jsonl").unlink()
     with pytest.raises(UserError, match="the data of twin_choice cannot be loaded: .*questions.jsonl"):
         harness.evaluate_harness(llm, ["twin_choice"], folder)
