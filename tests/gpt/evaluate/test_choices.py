@@ -268,12 +268,12 @@ def test_a_model_without_opinion_takes_the_first_and_is_right_by_chance(tmp_path
 
 
 def test_texts_are_compared_by_their_bytes_too(tmp_path):
-    """Uniform bytes: the shortest text is the most probable, and by bytes the one whose space weighs least."""
-    write_jsonl(tmp_path / "q.jsonl", [entry(0, 0, ["ééé", "abcd", "abcdefgh"])])
+    """Uniform bytes: the shortest text is the most probable, and by bytes the one of most bytes, not characters."""
+    write_jsonl(tmp_path / "q.jsonl", [entry(0, 0, ["abcdefg", "éééé", "ab"])])
     llm = thinks(lambda ids: np.zeros(257))
     (answer,) = evaluate_choices(llm, choose_tasks(tmp_path, "q"), "texts").answers
-    assert answer.logps == pytest.approx([-7 * math.log(257), -5 * math.log(257), -9 * math.log(257)])
-    assert (answer.prediction, answer.prediction_norm) == (1, 2)
+    assert answer.logps == pytest.approx([-8 * math.log(257), -9 * math.log(257), -3 * math.log(257)])
+    assert (answer.prediction, answer.prediction_norm) == (2, 1)
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's")

@@ -93,6 +93,12 @@ def test_a_continuation_longer_than_the_context_is_read_in_windows(llm, peer_log
     assert close(found.logp, total)
 
 
+def test_a_text_that_brings_the_token_before_it_needs_no_other(llm):
+    brought, alone, end = continuation_logps(llm, [("", "<|endoftext|>abc"), ("", "abc"), ("", "<|endoftext|>")])
+    assert (brought.logp, brought.n_tokens) == (pytest.approx(alone.logp, rel=1e-9), 3)
+    assert end.n_tokens == 1  # itself, behind another one
+
+
 def test_an_empty_continuation_is_certain(llm):
     assert continuation_logps(llm, [("a", ""), ("", ""), ("a ", "")]) == [Likelihood(0.0, 0, 0, True)] * 3
     assert continuation_logps(llm, []) == []
