@@ -77,6 +77,13 @@ def respond(argv: list[str]) -> None:
     run(parse_config(RespondConfig, argv, prog="twingrad respond"))
 
 
+def evaluate(argv: list[str]) -> int:
+    """Measure what a model knows: multiple choice, perplexity, lm-evaluation-harness, an LLM as judge."""
+    from gpt.evaluate.cli import main
+
+    return main(argv)
+
+
 def weights(argv: list[str]) -> int:
     """List published weights, download them, convert between formats, and show what is in a file."""
     from gpt.weights.cli import main
@@ -128,8 +135,8 @@ def version(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
     for command in (
-        check, train, finetune, generate, chat, classify, respond, weights, attention, data, tokenizer, doctor, demo,
-        version,
+        check, train, finetune, generate, chat, classify, respond, evaluate, weights, attention, data, tokenizer,
+        doctor, demo, version,
     )
 }  # fmt: skip
 

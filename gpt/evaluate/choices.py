@@ -35,7 +35,7 @@ from gpt.data.files import atomic_write
 from gpt.data.text import read_text
 from gpt.errors import UserError
 from gpt.evaluate.likelihood import continuation_logps
-from gpt.evaluate.meter import Meter
+from gpt.evaluate.progress import Progress
 from gpt.llm import LLM
 from gpt.options import did_you_mean
 
@@ -290,7 +290,7 @@ def evaluate_choices(
     split: str = "test",
     limit: int | None = None,
     batch_size: int = 4,
-    meter: Meter | None = None,
+    progress: Progress | None = None,
 ) -> Results:
     """Let a model answer the questions of a split, the first `limit` of each task, after `num_fewshot` of dev.
 
@@ -315,7 +315,7 @@ def evaluate_choices(
             asked.append(question)
             shown.append(count)
             pairs += ((text, answer) for answer in _answers(question, mode))
-    found = iter(continuation_logps(llm, pairs, batch_size, meter))
+    found = iter(continuation_logps(llm, pairs, batch_size, progress))
     answers = []
     for question, count in zip(asked, shown, strict=True):
         logps = tuple(next(found).logp for _ in question.choices)

@@ -1,4 +1,5 @@
-"""`twingrad evaluate`: what a model knows, by multiple choice, perplexity and the tasks of lm-evaluation-harness.
+"""`twingrad evaluate`: what a model knows, by multiple choice, perplexity and the tasks of lm-evaluation-harness; and
+how good its answers are, to a judge.
 
 A model in the place of a command is `evaluate choices` of it: twingrad evaluate DIR --tasks mmlu_philosophy.
 """
@@ -128,7 +129,7 @@ def list_(argv: list[str]) -> None:
 def choices(argv: list[str]) -> None:
     """Let a model answer questions of multiple choice: accuracy by subject."""
     from gpt.evaluate.choices import choose_tasks, evaluate_choices, plot_accuracy, write_results
-    from gpt.evaluate.meter import create_meter
+    from gpt.evaluate.progress import create_progress
     from gpt.llm import LLM
     from gpt.train.plot import save_plot
 
@@ -139,7 +140,7 @@ def choices(argv: list[str]) -> None:
     tasks = choose_tasks(folder, config.tasks)
     llm = LLM.load(config.model, config.engine)
     settings = (config.mode, config.num_fewshot, config.split, config.limit, config.batch_size)
-    results = evaluate_choices(llm, tasks, *settings, create_meter())
+    results = evaluate_choices(llm, tasks, *settings, create_progress("tokens"))
     out = Path(config.out)
     write_results(out / "results.json", results, to_dict(config))
     written = save_plot(plot_accuracy(results, f"{config.tasks}, {config.num_fewshot} examples"), out / "accuracy")
@@ -160,14 +161,16 @@ def perplexity(argv: list[str]) -> None:
     """How well a model predicts a text: perplexity per token, bits per byte."""
     from gpt.data.text import load_text
     from gpt.evaluate.likelihood import perplexity
-    from gpt.evaluate.meter import create_meter
+    from gpt.evaluate.progress import create_progress
     from gpt.llm import LLM
 
     config = parse_config(PerplexityConfig, _named(argv, "model"), prog="twingrad evaluate perplexity")
     text = load_text(config.data)
     if not text:
         raise UserError(f"{config.data}: expected a text, got an empty file")
-    found = perplexity(LLM.load(config.model, config.engine), text, config.stride, config.batch_size, create_meter())
+    found = perplexity(
+        LLM.load(config.model, config.engine), text, config.stride, config.batch_size, create_progress("tokens")
+    )
     print(f"perplexity      {found.perplexity:,.4f} per token")
     print(f"cross entropy   {found.nats_per_token:.6f} nats per token")
     print(f"bits per byte   {found.bits_per_byte:.6f}")
@@ -178,7 +181,7 @@ def harness(argv: list[str]) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness."""
     from gpt.errors import check_installed
     from gpt.evaluate.harness import evaluate_harness, write_harness
-    from gpt.evaluate.meter import create_meter
+    from gpt.evaluate.progress import create_progress
     from gpt.llm import LLM
 
     config = parse_config(HarnessConfig, _named(argv, "model"), prog="twingrad evaluate harness")
@@ -189,7 +192,7 @@ def harness(argv: list[str]) -> None:
         raise UserError(f"include_path: {folder} is not a folder")
     llm = LLM.load(config.model, config.engine)
     settings = (config.num_fewshot, config.limit, config.batch_size)
-    results = evaluate_harness(llm, names, folder, *settings, create_meter())
+    results = evaluate_harness(llm, names, folder, *settings, create_progress("tokens"))
     out = Path(config.out) / "harness.json"
     write_harness(out, results, to_dict(config))
     for task, figures in results["results"].items():
@@ -201,11 +204,27 @@ def harness(argv: list[str]) -> None:
     print(out)
 
 
+def judge(argv: list[str]) -> None:
+    """Have an LLM score a model's answers: Ollama's, any with OpenAI's interface, or a model here."""
+    from gpt.evaluate.judge import JudgeConfig, run
+
+    run(parse_config(JudgeConfig, _named(argv, "responses"), prog="twingrad evaluate judge"))
+
+
+def compare(argv: list[str]) -> None:
+    """Have an LLM say which of two models' answers is better: wins, ties, losses."""
+    from gpt.evaluate.win_rate import WinRateConfig, run
+
+    run(parse_config(WinRateConfig, argv, prog="twingrad evaluate compare"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "list": list_,
     "choices": choices,
     "perplexity": perplexity,
     "harness": harness,
+    "judge": judge,
+    "compare": compare,
 }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from gpt.data.files import atomic_write
 from gpt.errors import UserError, require
 from gpt.evaluate.likelihood import continuation_logps, rolling_logps
-from gpt.evaluate.meter import Meter
+from gpt.evaluate.progress import Progress
 from gpt.llm import LLM
 from gpt.options import did_you_mean
 
@@ -49,19 +49,19 @@ def harness_class() -> type:
     class HarnessLM(base):
         """An LLM as the harness asks for one. Its requests have `args`; answers come in the order of the requests."""
 
-        def __init__(self, llm: LLM, batch_size: int = 4, meter: Meter | None = None) -> None:
+        def __init__(self, llm: LLM, batch_size: int = 4, progress: Progress | None = None) -> None:
             super().__init__()
-            self.llm, self.batch_size, self.meter = llm, int(batch_size), meter
+            self.llm, self.batch_size, self.progress = llm, int(batch_size), progress
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """args (context, continuation) -> (log-probability, whether it is what the model would write)."""
             pairs = [request.args for request in requests]
-            found = continuation_logps(self.llm, pairs, self.batch_size, self.meter)
+            found = continuation_logps(self.llm, pairs, self.batch_size, self.progress)
             return self._keep("loglikelihood", requests, [(score.logp, score.greedy) for score in found])
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             """args (text,) -> its log-probability."""
-            found = rolling_logps(self.llm, [request.args[0] for request in requests], self.batch_size, self.meter)
+            found = rolling_logps(self.llm, [request.args[0] for request in requests], self.batch_size, self.progress)
             return self._keep("loglikelihood_rolling", requests, [score.logp for score in found])
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -161,13 +161,13 @@ def evaluate_harness(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 4,
-    meter: Meter | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The harness's figures for its tasks of these names, and those in `folder`: what simple_evaluate returns.
 
     UserError where lm_eval is not installed, for an unknown task, and data that cannot be loaded.
     """
-    lm = harness_class()(llm, batch_size, meter)
+    lm = harness_class()(llm, batch_size, progress)
     library: Any = require("lm_eval", extra="harness")
     failed: Any = require("datasets.exceptions", extra="harness").DatasetsError
     manager: Any = require("lm_eval.tasks", extra="harness").TaskManager(include_path=str(folder) if folder else None)

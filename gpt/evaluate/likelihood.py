@@ -33,7 +33,7 @@ import numpy as np
 from gpt.data.text import read_text
 from gpt.engine import IGNORE, Batch, Engine
 from gpt.errors import UserError
-from gpt.evaluate.meter import Meter
+from gpt.evaluate.progress import Progress
 from gpt.llm import LLM
 
 __all__ = ["Likelihood", "Perplexity", "continuation_logps", "perplexity", "rolling_logps", "windows"]
@@ -79,7 +79,7 @@ def windows(length: int, first: int, width: int, stride: int | None = None) -> I
 
 
 def continuation_logps(
-    llm: LLM, pairs: Sequence[tuple[str, str]], batch_size: int = 4, meter: Meter | None = None
+    llm: LLM, pairs: Sequence[tuple[str, str]], batch_size: int = 4, progress: Progress | None = None
 ) -> list[Likelihood]:
     """The likelihood of each continuation given its context, for pairs (context, continuation), in their order.
 
@@ -97,10 +97,12 @@ def continuation_logps(
             rows.append(_Row(tokens[begin:end], end - predicted))
             owners.append(i)
     sizes = [len(_utf8(continuation)) for _, continuation in pairs]
-    return _add_up(_score(llm.engine, rows, batch_size, meter, share=True), rows, owners, sizes)
+    return _add_up(_score(llm.engine, rows, batch_size, progress, share=True), rows, owners, sizes)
 
 
-def rolling_logps(llm: LLM, texts: Sequence[str], batch_size: int = 4, meter: Meter | None = None) -> list[Likelihood]:
+def rolling_logps(
+    llm: LLM, texts: Sequence[str], batch_size: int = 4, progress: Progress | None = None
+) -> list[Likelihood]:
     """The likelihood of each text, by itself, in their order. An empty one is certain.
 
     The first token is predicted from the token that begins or ends a text; where the tokenizer has none, it is not
@@ -113,11 +115,11 @@ def rolling_logps(llm: LLM, texts: Sequence[str], batch_size: int = 4, meter: Me
         for begin, predicted, end in windows(len(tokens), first, llm.engine.config.context_length):
             rows.append(_Row(tokens[begin:end], end - predicted))
             owners.append(i)
-    return _add_up(_score(llm.engine, rows, batch_size, meter), rows, owners, sizes)
+    return _add_up(_score(llm.engine, rows, batch_size, progress), rows, owners, sizes)
 
 
 def perplexity(
-    llm: LLM, text: str | Path, stride: int | None = None, batch_size: int = 4, meter: Meter | None = None
+    llm: LLM, text: str | Path, stride: int | None = None, batch_size: int = 4, progress: Progress | None = None
 ) -> Perplexity:
     """The perplexity of a text, or of the UTF-8 file at a path, of any length.
 
@@ -134,7 +136,7 @@ def perplexity(
         raise UserError(f"{where}expected at least one token to predict, got none")
     rows = [_Row(tokens[a:c], c - b) for a, b, c in windows(len(tokens), first, width, stride)]
     count = len(tokens) - first
-    nats = -math.fsum(logp for logp, _ in _score(llm.engine, rows, batch_size, meter)) / count
+    nats = -math.fsum(logp for logp, _ in _score(llm.engine, rows, batch_size, progress)) / count
     try:
         value = math.exp(nats)
     except OverflowError:
@@ -193,7 +195,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _score(
-    engine: Engine, rows: Sequence[_Row], batch_size: int, meter: Meter | None, share: bool = False
+    engine: Engine, rows: Sequence[_Row], batch_size: int, progress: Progress | None, share: bool = False
 ) -> list[tuple[float, bool]]:
     """The log-probability of what each row predicts, and whether all of it is what the model would write.
 
@@ -203,8 +205,6 @@ def _score(
     """
     if batch_size < 1:
         raise UserError(f"batch_size: expected at least 1, got {batch_size}")
-    if engine.config.n_outputs != engine.config.vocab_size:
-        raise UserError(f"the model tells {engine.config.n_outputs} classes apart, and predicts no next token")
     same: dict[bytes, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         if share and row.scored == 1:
@@ -212,15 +212,15 @@ def _score(
     shared = [group for group in same.values() if len(group) > 1]
     together = {i for group in shared for i in group}
     alone = [i for i in range(len(rows)) if i not in together]
-    meter = meter or Meter()
-    meter.start(sum(len(rows[i].tokens) - 1 for i in [*alone, *(group[0] for group in shared)]))
+    progress = progress or Progress()
+    progress.start(0, sum(len(rows[i].tokens) - 1 for i in [*alone, *(group[0] for group in shared)]))
     scores: dict[int, tuple[float, bool]] = {}
     try:
         for group in _chunks(sorted(alone, key=lambda i: -len(rows[i].tokens)), batch_size):
             batch = [rows[i] for i in group]
             for i, score in zip(group, _targets(engine, batch), strict=True):
                 scores[i] = _checked(*score)
-            meter.advance(sum(len(row.tokens) - 1 for row in batch))
+            progress.step("", sum(len(row.tokens) - 1 for row in batch))
         for groups in _chunks(sorted(shared, key=lambda group: -len(rows[group[0]].tokens)), batch_size):
             contexts = [rows[group[0]].tokens[:-1] for group in groups]
             for group, logps in zip(groups, _next_logps(engine, contexts), strict=True):
@@ -228,9 +228,9 @@ def _score(
                 for i in group:
                     logp = logps[rows[i].tokens[-1]]
                     scores[i] = _checked(float(logp), bool(logp >= best))
-            meter.advance(sum(map(len, contexts)))
+            progress.step("", sum(map(len, contexts)))
     finally:
-        meter.close()
+        progress.close()
     return [scores[i] for i in range(len(rows))]
 
 

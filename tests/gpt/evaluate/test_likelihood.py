@@ -13,7 +13,7 @@ from gpt import tokenizers
 from gpt.engine import create_engine
 from gpt.errors import UserError
 from gpt.evaluate.likelihood import Likelihood, continuation_logps, perplexity, rolling_logps, windows
-from gpt.evaluate.meter import Bar, Lines, create_meter
+from gpt.evaluate.progress import Bar, Lines, create_progress
 from gpt.llm import LLM
 from gpt.tokenizers import ByteTokenizer
 from reference.config import GPTConfig
@@ -245,27 +245,20 @@ def test_bad_input_is_one_clear_line(llm, tmp_path):
         perplexity(llm, tmp_path / "none.txt")
 
 
-def test_a_classifier_has_no_next_token():
-    config = GPTConfig(257, 16, 8, 1, 1, n_outputs=2, tie_embeddings=False)
-    llm = LLM(create_engine("numpy", config, initialize(config, Generator(1), "gpt2")), ByteTokenizer())
-    with pytest.raises(UserError, match="tells 2 classes apart"):
-        rolling_logps(llm, ["a"])
-
-
 def test_progress_is_lines_where_there_is_no_terminal(llm):
     out = io.StringIO()
-    perplexity(llm, TEXT * 3, batch_size=1, meter=create_meter(out))
+    perplexity(llm, TEXT * 3, batch_size=1, progress=create_progress("tokens", out))
     lines = out.getvalue().splitlines()
     total = math.ceil(len(TEXT) * 3 / CONTEXT) * CONTEXT  # the last window begins in the one before it
     assert 2 <= len(lines) <= 10
     assert lines[-1].startswith(f"{total:,} of {total:,} tokens  (")
     assert lines[-1].endswith(" tokens/s, 0:00 left)")
-    assert isinstance(create_meter(out), Lines)
+    assert isinstance(create_progress("tokens", out), Lines)
 
 
 def test_progress_is_a_bar_on_a_terminal(llm):
     from rich.console import Console
 
     out = io.StringIO()
-    perplexity(llm, TEXT * 3, meter=Bar(Console(file=out, force_terminal=True, width=100)))
+    perplexity(llm, TEXT * 3, progress=Bar(Console(file=out, force_terminal=True, width=100), "tokens"))
     assert "tokens/s" in out.getvalue()
