@@ -25,6 +25,7 @@ from gpt.errors import UserError
 from gpt.finetune.adapters import adapt, merge, save_adapter
 from gpt.finetune.config import FinetuneConfig
 from gpt.tokenizers import Tokenizer
+from gpt.train.config import TrainConfig
 from gpt.train.progress import Progress, create_progress
 from gpt.train.run import CONFIG, carry_out, check_folder, make_engine, model_config
 from gpt.train.trainer import Result, Trainer
@@ -43,6 +44,7 @@ class Task(ABC):
     """What one kind of finetuning differs in. Made with the configuration, the tokenizer and the model's context."""
 
     metrics: ClassVar[tuple[str, ...]] = ()  # what `measure` gives beside the loss
+    config_file: ClassVar[str] = CONFIG  # of the run's folder, with which the user's command goes on
 
     train_loader: Loader
     validation_loader: Loader
@@ -61,6 +63,10 @@ class Task(ABC):
         """Patterns of the parameters that learn, where neither adapters nor the user's patterns say it; none: all."""
         return ()
 
+    def settings(self, train: TrainConfig) -> TrainConfig:
+        """The trainer's settings, where they depend on how many batches there are."""
+        return train
+
     def begin(self, engine: Engine, progress: Progress) -> None:  # noqa: B027 - most tasks have nothing to do
         """Called with the model as it is before training, in a resumed run too."""
 
@@ -78,7 +84,7 @@ class Task(ABC):
 
     @abstractmethod
     def file_name(self, weights: str) -> str:
-        """What the finished model's file is called, without its ending."""
+        """What the finished model's file is called in the run's folder, without its ending."""
 
 
 def finetune(config: FinetuneConfig, task_class: type[Task], command: str, progress: Progress | None = None) -> Result:
@@ -92,7 +98,7 @@ def finetune(config: FinetuneConfig, task_class: type[Task], command: str, progr
     task.begin(trainer.engine, progress)
     result = carry_out(config, trainer, task.data)
     if result.interrupted:
-        progress.line(f"To go on: {command} --config {Path(config.out, CONFIG)} --resume")
+        progress.line(f"To go on: {command} --config {Path(config.out, task.config_file)} --resume")
         return result
     _save(Path(config.out), config, trainer, task)
     results = task.finish(trainer.engine, progress)
@@ -120,7 +126,7 @@ def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | N
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
     trainer = Trainer(
         make_engine(config, model, params, optimizer),
-        config.train,
+        task.settings(config.train),
         task.train_loader,
         task.validation_loader,
         lr=optimizer.lr,
