@@ -258,7 +258,7 @@ class Workshop(Instruct):
         steps = min(limits)
         if warmup >= steps:
             warnings.warn(
-                f"train.lr_warmup_steps: the warmup's {warmup} steps are not over when the run is, after {steps}",
+                f"train: the warmup's {warmup} steps are not over when the run is, after {steps}",
                 stacklevel=2,
             )
         return dataclasses.replace(train, epochs=None, steps=steps, warmup_steps=warmup)
