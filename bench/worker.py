@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt.engine import Batch, OptimizerConfig, create_engine
+from gpt.engine import IGNORE, Batch, Examples, OptimizerConfig, Preferences, create_engine
 from gpt.generate import Sampling, Writer
 from reference.config import GPTConfig
 from reference.init import initialize
@@ -26,20 +26,34 @@ Work = Callable[[], dict[str, float]]
 
 
 def training_step(case: dict[str, Any], config: GPTConfig, params: dict[str, np.ndarray]) -> Work:
-    """Forward, backward, clip, AdamW on new random tokens."""
-    engine = create_engine(case["engine"], config, params, OptimizerConfig(), device="cpu")
+    """Forward, backward, clip, AdamW on new random examples."""
+    optimizer = OptimizerConfig(trained=tuple(case.get("trained", ())))
+    engine = create_engine(case["engine"], config, params, optimizer, device="cpu")
     rng = np.random.default_rng(0)
 
     def step() -> dict[str, float]:
         tokens = rng.integers(0, config.vocab_size, (case["batch"], case["length"] + 1))
+        batch = examples(case.get("examples", "text"), tokens, config.n_outputs)
         start = perf_counter()
-        engine.accumulate(Batch(tokens[:, :-1], tokens[:, 1:]))
+        engine.accumulate(batch)
         computed = perf_counter()
         engine.step(1e-4, max_norm=1.0)
         end = perf_counter()
         return {"step": end - start, "gradients": computed - start, "update": end - computed}
 
     return step
+
+
+def examples(kind: str, tokens: np.ndarray, n_outputs: int) -> Examples:
+    """tokens (B, T + 1) as a text to learn, a class to tell from the last token, or answers, the last half of each."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    T = inputs.shape[1]
+    if kind == "label":
+        return Batch(inputs, np.where(np.arange(T) < T - 1, IGNORE, targets % n_outputs))
+    if kind == "text":
+        return Batch(inputs, targets)
+    answers = np.where(np.arange(T) < T // 2, IGNORE, targets)
+    return Preferences(inputs, answers, "dpo" if kind == "dpo" else "orpo", 0.1, np.full(len(inputs), -5.0 * T))
 
 
 def generation(case: dict[str, Any], config: GPTConfig, params: dict[str, np.ndarray]) -> Work:

@@ -62,6 +62,20 @@ def finetune(argv: list[str]) -> int:
     return main(argv)
 
 
+def finetune_lora(argv: list[str]) -> int:
+    """Teach a checkpoint to follow instructions by low-rank adapters, with the flags of LitGPT's command."""
+    from gpt.finetune.workshop import FinetuneLoRA, main
+
+    return main(FinetuneLoRA, argv, prog="twingrad finetune_lora")
+
+
+def finetune_full(argv: list[str]) -> int:
+    """Teach a checkpoint to follow instructions, all of its weights, with the flags of LitGPT's command."""
+    from gpt.finetune.workshop import FinetuneFull, main
+
+    return main(FinetuneFull, argv, prog="twingrad finetune_full")
+
+
 def classify(argv: list[str]) -> None:
     """Tell which label a text has, by a model that was finetuned to."""
     from gpt.finetune.classify import AskConfig, ask
@@ -75,6 +89,13 @@ def respond(argv: list[str]) -> None:
     from gpt.finetune.respond import RespondConfig, run
 
     run(parse_config(RespondConfig, argv, prog="twingrad respond"))
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure what a model knows: multiple choice, perplexity, lm-evaluation-harness, an LLM as judge."""
+    from gpt.evaluate.cli import main
+
+    return main(argv)
 
 
 def weights(argv: list[str]) -> int:
@@ -128,8 +149,8 @@ def version(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
     for command in (
-        check, train, finetune, generate, chat, classify, respond, weights, attention, data, tokenizer, doctor, demo,
-        version,
+        check, train, finetune, finetune_lora, finetune_full, generate, chat, classify, respond, evaluate, weights,
+        attention, data, tokenizer, doctor, demo, version,
     )
 }  # fmt: skip
 

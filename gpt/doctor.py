@@ -48,6 +48,7 @@ PACKAGES = [
     Package("wandb", "wandb", "following a run at Weights & Biases"),
     Package("tensorboardX", "tensorboard", "following a run in TensorBoard"),
     Package("tensorflow", "openai", "reading OpenAI's original GPT-2 checkpoints"),
+    Package("lm-eval", "harness", "tasks of lm-evaluation-harness"),
     Package("transformers", "bench", "comparison with Hugging Face's models"),
     Package("pytest-benchmark", "bench", "timing single layers"),
     Package("pytest", "dev", "running the tests"),

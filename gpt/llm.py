@@ -35,7 +35,8 @@ Prompt = str | Mapping[str, Any]  # a text, or an entry of a data set of instruc
 class LLM:
     """An engine and its tokenizer. Deleting it frees its memory."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, style: str = "alpaca") -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, style: str | None = None) -> None:
+        """`style`: what the model was finetuned with, a prompt style or a chat template; None: nothing."""
         if tokenizer.n_vocab > engine.config.vocab_size:
             raise UserError(
                 f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, "
@@ -46,7 +47,8 @@ class LLM:
                 f"the model tells {engine.config.n_outputs} classes apart, and writes no text; "
                 "ask it with: twingrad classify"
             )
-        self.engine, self.tokenizer, self.style = engine, tokenizer, style
+        self.engine, self.tokenizer, self.finetuned = engine, tokenizer, style
+        self.style = style if style in prompts.STYLES else "alpaca"  # of entries
 
     def __del__(self) -> None:
         self.__dict__.clear()
@@ -81,11 +83,10 @@ class LLM:
             saved = saved._replace(params=params, config=config)
         if dtype is None:
             dtype = "float64" if all(p.dtype == np.float64 for p in saved.params.values()) else "float32"
-        style = (saved.task or {}).get("style", "alpaca")
         return cls(
             create_engine(engine, saved.config, saved.params, dtype=dtype, device=device),
             tokenizers.from_spec(tokenizer),
-            style if style in prompts.STYLES else "alpaca",
+            (saved.task or {}).get("style"),
         )
 
     def generate(
@@ -219,9 +220,9 @@ class ChatConfig:
     """A file of low-rank adapters that were trained beside these weights."""
     engine: Literal["auto", "numpy", "torch", "triton"] = "auto"
     """auto: PyTorch where it is installed, else NumPy. triton: PyTorch on the kernels."""
-    style: Literal["plain", "alpaca", "phi3", "llama3", "chatml", "zephyr"] = "plain"
-    """How a prompt is put to the model: as it is, or in the words it was finetuned with. plain, alpaca and phi3 put
-    each prompt by itself, the others the whole conversation."""
+    style: Literal["auto", "plain", "alpaca", "phi3", "llama3", "chatml", "zephyr"] = "auto"
+    """How a prompt is put to the model: as it is, or in the words it was finetuned with; auto: in those that its file
+    names, else plain. plain, alpaca and phi3 put each prompt by itself, the others the whole conversation."""
     stop: tuple[str, ...] = ()
     """A text that ends the answer, and is no part of it; may be given several times."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -230,8 +231,10 @@ class ChatConfig:
 def chat(config: ChatConfig) -> None:
     """The loop behind `twingrad chat`: reads prompts from standard input, writes answers to standard output."""
     llm = LLM.load(config.model, config.engine, adapter=config.adapter)
-    llm.style = config.style
-    keeps = config.style in templates.TEMPLATES  # the other styles put each prompt by itself
+    style = (llm.finetuned or "plain") if config.style == "auto" else config.style
+    keeps = style not in prompts.STYLES  # those put each prompt by itself
+    if not keeps:
+        llm.style = style
     said: list[dict[str, str]] = []
     settings = {"stop": config.stop, **dataclasses.asdict(config.sampling)}
     list(llm.generate("a", **{**settings, "max_new_tokens": 0}))  # wrong settings show now, not after the first prompt
@@ -248,7 +251,7 @@ def chat(config: ChatConfig) -> None:
             continue
         if keeps:
             said.append({"role": "user", "content": line})
-            pieces = llm.chat(said, template=config.style, stream=True, **settings)
+            pieces = llm.chat(said, template=style, stream=True, **settings)
         else:
             pieces = llm.generate({"instruction": line}, stream=True, **settings)
         answer = ""

@@ -1,1 +1,1 @@
-"""How good a model's answers are: other models score them, or choose between those of two models."""
+"""Evaluation: likelihoods, multiple choice, judges, and the adaptor of lm-evaluation-harness."""

@@ -11,10 +11,10 @@ An adapter's file is safetensors, with A and B of each adapted layer and nothing
     config             the architecture that the adapter belongs to, JSON
     base               fingerprint of the weights beside which it was learnt
 
-The fingerprint is SHA-256 over all parameters but A and B, in the config's order: of each the line "NAME SHAPE", such as
-"blocks.0.attn.query.weight 768x768", and at most 1,024 of its values as little-endian float32, at equal distances from
-the first on. The distance is the least odd number that leaves no more; being odd, it does not stay in a column of a
-matrix whose width is a power of two. Training, even for a step, changes all of a tensor, and so its sample.
+The fingerprint is SHA-256 over all parameters but A and B, in the config's order: of each the line "NAME SHAPE", such
+as "blocks.0.attn.query.weight 768x768", and at most 1,024 of its values as little-endian float32, at equal distances
+from the first on. The distance is the least odd number that leaves no more; being odd, it does not stay in a column of
+a matrix whose width is a power of two. Training, even for a step, changes most of a tensor, and so its sample.
 
 Whatever was trained besides A and B, as a new head may be, belongs to the base: such a model is saved whole.
 """

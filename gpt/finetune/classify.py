@@ -43,13 +43,6 @@ class Classify(Task):
 
     metrics = ("accuracy",)
 
-    @staticmethod
-    def changes(config: ClassifyConfig, model: GPTConfig) -> dict[str, Any]:
-        """A head of its own, with a bias, as the book's."""
-        if len(set(config.labels)) < max(2, len(config.labels)):
-            raise UserError(f"labels: expected two different ones at least, got {', '.join(config.labels) or 'none'}")
-        return {"tie_embeddings": False, "n_outputs": len(config.labels), "head_bias": True}
-
     def __init__(self, config: ClassifyConfig, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None:
         self.config, self.tokenizer = config, tokenizer
         rows = data.read_rows(data_file(config.data), config.labels)

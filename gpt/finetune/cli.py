@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpt.finetune.config import ClassifyConfig, FinetuneConfig, InstructConfig, PreferConfig
-from gpt.finetune.run import Task, finetune
+from gpt.finetune.run import MakeTask, finetune
 from gpt.options import parse_config, run_command
 
 INTERRUPTED = 130
@@ -35,7 +35,7 @@ def prefer(argv: list[str]) -> int:
     return _run(PreferConfig, Prefer, "prefer", argv)
 
 
-def _run(config: type[FinetuneConfig], task: type[Task], name: str, argv: list[str]) -> int:
+def _run(config: type[FinetuneConfig], make_task: MakeTask, name: str, argv: list[str]) -> int:
     command = f"twingrad finetune {name}"
-    result = finetune(parse_config(config, argv, prog=command), task, command)
+    result = finetune(parse_config(config, argv, prog=command), make_task, command)
     return INTERRUPTED if result.interrupted else 0

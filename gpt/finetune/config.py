@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gpt.engine import OptimizerConfig
 from gpt.errors import UserError
@@ -113,6 +113,10 @@ class FinetuneConfig(ModelConfig):
         if self.lora.rank and self.optimizer.trained:
             raise UserError("trained: with adapters (rank above 0) they alone are trained")
 
+    def changes(self) -> dict[str, Any]:
+        """The fields of a model's config (GPTConfig) that this needs otherwise."""
+        return {"lora": self.lora.settings()}
+
 
 @dataclass
 class ClassifyConfig(FinetuneConfig):
@@ -134,6 +138,20 @@ class ClassifyConfig(FinetuneConfig):
     """What is trained: the new head; the last block, the final norm and the head; or all. auto: last_block where there
     are weights to begin with, else all. Adapters and --trained stand for it."""
     train: ClassifyTrain = field(default_factory=ClassifyTrain)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise UserError(f"labels: expected two different ones at least, got {', '.join(self.labels) or 'none'}")
+
+    def changes(self) -> dict[str, Any]:
+        """A head of its own, with a bias, as the book's."""
+        return {
+            **super().changes(),
+            "tie_embeddings": False,
+            "n_outputs": len(self.labels),
+            "head_bias": True,
+        }
 
 
 @dataclass

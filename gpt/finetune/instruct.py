@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ RESPONSES = "instruction-data-with-response.json"
 class Instruct(Task):
     """See gpt.finetune.config.InstructConfig."""
 
+    sample_tokens = 50  # of an answer that is shown in training, at most
+
     def __init__(self, config: InstructConfig, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None:
         self.config, self.tokenizer = config, tokenizer
-        entries = JsonEntries(data_file(config.data))
         length = min(config.loader.max_length or model.context_length, model.context_length)
-        train, validation, self.test = data.split(entries, config.train_fraction, config.test_fraction)
-        held_out: Entries = validation if len(validation) else self.test
+        train, held_out, self.test = self.parts(config)
+        entries = len(train) + len(self.test) + (0 if held_out is self.test else len(held_out))
         pad = end_token(tokenizer)
         collate = partial(data.collate, pad_id=pad, allowed_max_length=length, mask_instruction=config.mask_instruction)
         size, shuffle, drop = config.loader.batch_size, config.loader.shuffle, config.loader.drop_last
@@ -46,19 +48,29 @@ class Instruct(Task):
         self.train_loader = ExampleLoader(sets[0], collate, size, shuffle, drop, generator)
         self.validation_loader = ExampleLoader(sets[1], collate, size, False, False, generator)
         self.held_out = held_out
-        self.asked, self.unanswered = self._prompts(model.context_length)
+        self.answerable, self.unanswered = self._prompts(model.context_length)
         self.dropped = [entry for part in sets for entry in part.dropped]
         too_long = f", {len(self.dropped)} left out, whose prompts are too long" if self.dropped else ""
-        self.data = f"{config.data}: {len(entries):,} entries, {len(sets[0]):,} to train on{too_long}"
+        self.data = f"{config.data}: {entries:,} entries, {len(sets[0]):,} to train on{too_long}"
         self.spec = {"kind": "instructions", "style": config.style}
 
+    def parts(self, config: Any) -> tuple[Entries, Entries, Entries]:
+        """Entries to learn from, to measure the validation loss on, and to answer when training is done."""
+        entries = JsonEntries(data_file(config.data))
+        train, validation, test = data.split(entries, config.train_fraction, config.test_fraction)
+        return train, validation if len(validation) else test, test
+
+    def example(self) -> Mapping[str, Any]:
+        """The entry whose answer is shown in training: the first that is held out."""
+        return self.held_out[0]
+
     def sample(self, engine: Engine) -> str:
-        """The answer to the first entry that is held out."""
+        """The answer to the example."""
         llm = LLM(engine, self.tokenizer, self.config.style)
-        entry = self.held_out[0]
+        entry = self.example()
         if len(llm.encode(entry)) > engine.config.context_length:
             return ""
-        return f"{entry['instruction']} -> {llm.generate(entry, 50).strip()}".replace("\n", " ")
+        return f"{entry['instruction']} -> {llm.generate(entry, self.sample_tokens).strip()}".replace("\n", " ")
 
     def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         """The validation loss on all entries, and answers to the test entries, in a file."""
@@ -68,11 +80,11 @@ class Instruct(Task):
             "unanswered": [{"entry": entry, "reason": reason} for entry, reason in self.unanswered],
         }
         llm = LLM(engine, self.tokenizer, self.config.style)
-        if len(self.asked):
+        if len(self.answerable):
             out = Path(self.config.out, RESPONSES)
             out.unlink(missing_ok=True)  # of an earlier end of this run
-            progress.line(f"Answering {len(self.asked)} test entries ...")
-            answered = respond(llm, self.asked, out, KEY, self.config.max_new_tokens)
+            progress.line(f"Answering {len(self.answerable)} test entries ...")
+            answered = respond(llm, self.answerable, out, KEY, self.config.max_new_tokens)
             show(answered[:3], KEY, progress.line)
             progress.line(f"All answers: {out}")
         return results

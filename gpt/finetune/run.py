@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from gpt.errors import UserError
 from gpt.finetune.adapters import adapt, merge, save_adapter
 from gpt.finetune.config import FinetuneConfig
 from gpt.tokenizers import Tokenizer
+from gpt.train.config import TrainConfig
 from gpt.train.progress import Progress, create_progress
 from gpt.train.run import CONFIG, carry_out, check_folder, make_engine, model_config
 from gpt.train.trainer import Result, Trainer
@@ -40,26 +41,23 @@ ADAPTER, RESULTS = "adapter.safetensors", "results.json"
 
 
 class Task(ABC):
-    """What one kind of finetuning differs in. Made with the configuration, the tokenizer and the model's context."""
+    """What one kind of finetuning differs in."""
 
     metrics: ClassVar[tuple[str, ...]] = ()  # what `measure` gives beside the loss
+    config_file: ClassVar[str] = CONFIG  # of the run's folder, with which the user's command goes on
 
     train_loader: Loader
     validation_loader: Loader
     data: str  # what is learnt from, in words
     spec: dict[str, Any]  # what using the model needs to know, kept in its files
 
-    @staticmethod
-    def changes(config: Any, model: GPTConfig) -> dict[str, Any]:
-        """The fields of a model's config that the task needs otherwise."""
-        return {}
-
-    @abstractmethod
-    def __init__(self, config: Any, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None: ...
-
     def trained(self, model: GPTConfig) -> tuple[str, ...]:
         """Patterns of the parameters that learn, where neither adapters nor the user's patterns say it; none: all."""
         return ()
+
+    def settings(self, train: TrainConfig) -> TrainConfig:
+        """The trainer's settings, where they depend on how many batches there are."""
+        return train
 
     def begin(self, engine: Engine, progress: Progress) -> None:  # noqa: B027 - most tasks have nothing to do
         """Called with the model as it is before training, in a resumed run too."""
@@ -78,21 +76,25 @@ class Task(ABC):
 
     @abstractmethod
     def file_name(self, weights: str) -> str:
-        """What the finished model's file is called, without its ending."""
+        """What the finished model's file is called in the run's folder, without its ending."""
 
 
-def finetune(config: FinetuneConfig, task_class: type[Task], command: str, progress: Progress | None = None) -> Result:
+# What makes a task: of a run's configuration, the tokenizer, the model's config and the stream that orders the data.
+MakeTask = Callable[[Any, Tokenizer, GPTConfig, Generator], Task]
+
+
+def finetune(config: FinetuneConfig, make_task: MakeTask, command: str, progress: Progress | None = None) -> Result:
     """Train a task, write the run's folder `config.out`, and return where the run ended. Raises UserError.
 
     `command`: by which the user can go on with it.
     """
     check_folder(config)
     progress = progress or create_progress()
-    trainer, task = build(config, task_class, progress)
+    trainer, task = build(config, make_task, progress)
     task.begin(trainer.engine, progress)
     result = carry_out(config, trainer, task.data)
     if result.interrupted:
-        progress.line(f"To go on: {command} --config {Path(config.out, CONFIG)} --resume")
+        progress.line(f"To go on: {command} --config {Path(config.out, task.config_file)} --resume")
         return result
     _save(Path(config.out), config, trainer, task)
     results = task.finish(trainer.engine, progress)
@@ -103,7 +105,7 @@ def finetune(config: FinetuneConfig, task_class: type[Task], command: str, progr
     return result
 
 
-def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | None = None) -> tuple[Trainer, Task]:
+def build(config: FinetuneConfig, make_task: MakeTask, progress: Progress | None = None) -> tuple[Trainer, Task]:
     """The trainer of a run, before its first step, and the task."""
     saved = load(config.weights) if config.weights else None
     if saved and saved.config.lora:
@@ -111,20 +113,16 @@ def build(config: FinetuneConfig, task_class: type[Task], progress: Progress | N
         saved = saved._replace(params=params, config=architecture)
     tokenizer = _tokenizer(config, saved)
     generator = Generator(config.train.seed)
-    model = model_config(config, tokenizer.n_vocab, saved)
+    changes = config.changes()
+    model = model_config(config, tokenizer.n_vocab, saved, classifies="n_outputs" in changes)
     base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
-    changes = {**task_class.changes(config, model), "lora": config.lora.settings()}
-    if "n_outputs" not in changes and model.n_outputs != model.vocab_size:
-        raise UserError(
-            f"{config.weights or 'model'}: tells {model.n_outputs} classes apart, and writes no text to be taught"
-        )
     params, model = adapt(base, model, generator, **changes)
-    task = task_class(config, tokenizer, model, generator)
+    task = make_task(config, tokenizer, model, generator)
     patterns = config.optimizer.trained or (() if model.lora else task.trained(model))
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
     trainer = Trainer(
         make_engine(config, model, params, optimizer),
-        config.train,
+        task.settings(config.train),
         task.train_loader,
         task.validation_loader,
         lr=optimizer.lr,

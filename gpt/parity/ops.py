@@ -324,7 +324,13 @@ LORA = (
     Case((130, 16, 67, 3)),
 )
 LARGE_LORA = (Case((131, 16, 67, 259)), Case((77, 16, 3, 65, 127)), Case((67, 9, 129, 64), scale=1e4))
-PAIRS = (*(Case((n,)) for n in (1, 2, 5, 37)), Case((11,), "sliced"), Case((7,), scale=10.0), Case((7,), scale=0.01))
+PAIRS = (
+    *(Case((n,)) for n in (1, 2, 5, 37)),
+    Case((11,), "sliced"),
+    Case((11,), "transposed"),
+    Case((7,), scale=10.0),
+    Case((7,), scale=0.01),
+)
 LARGE_PAIRS = (Case((59,)), Case((31,), scale=10.0), Case((31,), scale=0.1))
 EMBEDDING = (
     *map(Case, [(7, 5, 11), (1, 3, 4), (6, 1, 13), (11, 5, 2, 3), (5, 7, 2, 3, 4), (3, 2, 1), (131, 67, 3, 65)]),

@@ -32,7 +32,9 @@ STYLE: Any = {
 }
 
 
-def plot_losses(logs: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> Figure:
+def plot_losses(
+    logs: Mapping[str, Mapping[str, np.ndarray]], title: str = "", loss: str = "Loss (nats per token)"
+) -> Figure:
     """A figure of the logs (label -> what `read_log` returns): loss over epochs, or over steps below two epochs.
 
     The second axis counts tokens seen. One run: training and validation in two colours, and the loss of each step
@@ -55,7 +57,7 @@ def plot_losses(logs: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -
                 _draw_one(axes, x, log)
             else:
                 _draw_among(axes, x, log, label, COLOURS[i % len(COLOURS)], width=1.4 + 2.6 * (len(logs) - 1 - i))
-        axes.set(xlabel="Epochs" if in_epochs else "Steps", ylabel="Loss (nats per token)")
+        axes.set(xlabel="Epochs" if in_epochs else "Steps", ylabel=loss)
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -177,8 +177,11 @@ def _split_file(file: TokenFile, fraction: float) -> Corpus:
     return Corpus(tokenizers.from_spec(file.tokenizer), *split_tokens(file.ids, fraction))
 
 
-def model_config(config: ModelConfig, n_vocab: int, saved: SavedModel | None) -> GPTConfig:
-    """The architecture that a configuration asks for: the preset's or the loaded weights', and what it changes."""
+def model_config(config: ModelConfig, n_vocab: int, saved: SavedModel | None, classifies: bool = False) -> GPTConfig:
+    """The architecture that a configuration asks for: the preset's or the loaded weights', and what it changes.
+
+    `classifies`: weights that tell classes apart will do.
+    """
     if config.preset not in PRESETS:
         names = ", ".join(PRESETS)
         raise UserError(f"preset: {config.preset!r} is not one of {names}{did_you_mean(config.preset, PRESETS)}")
@@ -189,6 +192,10 @@ def model_config(config: ModelConfig, n_vocab: int, saved: SavedModel | None) ->
             model = PRESETS[config.preset].replace(**{"vocab_size": n_vocab, **config.model})
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from None
+    if model.n_outputs != model.vocab_size and not classifies:
+        raise UserError(
+            f"{config.weights or 'model'}: tells {model.n_outputs} classes apart, and cannot learn to write"
+        )
     if model.vocab_size < n_vocab:
         raise UserError(f"vocab_size: the tokenizer has {n_vocab} tokens, and the model only {model.vocab_size}")
     return model
@@ -261,6 +268,7 @@ def _plot(out: Path, metrics: Sequence[str] = ()) -> None:
     if (out / LOG).exists():
         log = read_log(out / LOG)
         if len(log["step"]):
-            save_plot(plot_losses({out.name: log}), out / PLOT)
+            unit = "Loss" if metrics else "Loss (nats per token)"
+            save_plot(plot_losses({out.name: log}, loss=unit), out / PLOT)
             for name in metrics:
                 save_plot(plot_metric(log, name), out / name)

@@ -15,7 +15,7 @@ from gpt.data.examples import ExampleLoader
 from gpt.engine import IGNORE, trained_names
 from gpt.finetune.adapters import adapt
 from gpt.finetune.classification import LABELS, Classification, Row, balance, collate, read_rows, split
-from gpt.finetune.classify import Classify, trained_layers
+from gpt.finetune.classify import trained_layers
 from gpt.finetune.config import ClassifyConfig
 from gpt.tokenizers import END_OF_TEXT, encode_special
 from reference.config import PRESETS, GPTConfig
@@ -47,7 +47,7 @@ def loaders() -> list[ExampleLoader]:
 
 def classifier(config: GPTConfig) -> GPTConfig:
     """The architecture with a head that has an output for each label."""
-    return config.replace(**Classify.changes(CLASSIFY, config))
+    return config.replace(**CLASSIFY.changes())
 
 
 @figure("ch06.encode.eot")
@@ -106,5 +106,5 @@ def new_head() -> dict[str, list]:
     """The head that takes the place of another is the only thing that is drawn."""
     model = GPTConfig(50257, 1, SMALL.emb_dim, 1, SMALL.n_heads, tie_embeddings=True)
     params = {name: np.broadcast_to(np.float32(0), shape) for name, shape in model.parameter_shapes().items()}
-    found, _ = adapt(params, model, Generator(123), **Classify.changes(CLASSIFY, model))
+    found, _ = adapt(params, model, Generator(123), **CLASSIFY.changes())
     return {"w": np.asarray(found["head.weight"])[:, :4].tolist(), "b": np.asarray(found["head.bias"]).tolist()}

@@ -370,12 +370,12 @@ def test_the_command_prints_average_counts_and_examples(server, responses, capsy
     assert "entry 2: 'no idea'" in shown
     assert "Number of scores: 5 of 6\nNot scored: 1 replies without a clear score, 0 without a reply\n" in shown
     assert "Average score: 94.00\n" in shown
-    assert "6 of 6  average 94.00  (" in shown
+    assert "6 of 6 answers  average 94.00  (" in shown
     out = responses.with_name("responses.scores.model_response.llama3.jsonl")
     assert f"Replies: {out}" in shown
     assert len(records(out)) == len(server.requests) == 6
     command(responses, "--url", server.url)
-    assert "6 of 6 were answered before" in capsys.readouterr().out
+    assert "6 of 6 answers were there before" in capsys.readouterr().out
     assert len(server.requests) == 6
     with pytest.raises(UserError, match="holds replies with seed 123, not 5; choose another --out"):
         command(responses, "--url", server.url, "--seed", "5")
@@ -476,12 +476,12 @@ def test_lines_come_at_each_tenth_with_rate_and_time_left():
     for _ in range(35):
         lines.step("average 80.00")
     shown = out.getvalue().splitlines()
-    assert shown[0] == "5 of 40 were answered before"
-    assert [line.split("  ")[0] for line in shown[1:]] == [f"{done} of 40" for done in range(8, 41, 4)]
+    assert shown[0] == "5 of 40 answers were there before"
+    assert [line.split("  ")[0] for line in shown[1:]] == [f"{done} of 40 answers" for done in range(8, 41, 4)]
     assert "average 80.00  (" in shown[1]
     assert " answers/s, " in shown[1]
     assert shown[-1].endswith("0:00 left)")
-    assert isinstance(create_progress(out), Lines)
+    assert isinstance(create_progress(out=out), Lines)
 
 
 def test_a_bar_shows_how_many_the_state_rate_and_time_left():

@@ -81,6 +81,8 @@ def test_texts_that_a_word_tells_apart_are_all_told_apart(engine, labelled, smal
     asked = twingrad("classify", "bread and tea", "a door to WIN", "--model", out, "--engine", engine).splitlines()
     assert re.fullmatch(r"ham \(\d+\.\d%\): bread and tea", asked[0])
     assert re.fullmatch(r"spam \(\d+\.\d%\): a door to WIN", asked[1])
+    alone = twingrad("classify", "WIN a door", "--max_length", "3", "--model", out, "--engine", engine)
+    assert re.fullmatch(r"(ham|spam) \(\d+\.\d%\): WIN a door\n", alone)
 
 
 def test_a_saved_classifier_says_the_same_again(config, engine):
@@ -346,6 +348,6 @@ def test_a_classifier_writes_no_text(config, refused, twingrad, instructions, pa
     for kind, data in (("instruct", instructions), ("prefer", pairs)):
         flags = ("--data", data, "--weights", path, "--engine", "numpy", "--style", "plain", "--out", tmp_path / kind)
         line = refused("finetune", kind, *flags)
-        assert line == f"{path}: tells 2 classes apart, and writes no text to be taught"
+        assert line == f"{path}: tells 2 classes apart, and cannot learn to write"
         assert not (tmp_path / kind).exists()
     assert "twingrad classify" in refused("generate", "--model", path, "--prompt", "a", "--engine", "numpy")

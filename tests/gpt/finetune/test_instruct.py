@@ -228,10 +228,10 @@ def test_without_a_test_fraction_the_rest_is_for_testing_and_for_the_validation_
     entries = JsonEntries(config.data)
     n = len(entries)
     assert len(task.train_loader.examples) == int(0.85 * n)
-    assert list(task.asked) == list(entries[int(0.85 * n) :]) == list(task.held_out)
+    assert list(task.answerable) == list(entries[int(0.85 * n) :]) == list(task.held_out)
     config.test_fraction, config.responses = 0.1, 2
     _, task = build(config, Instruct, Progress())
-    assert list(task.asked) == list(entries[35:37])
+    assert list(task.answerable) == list(entries[35:37])
     assert list(task.held_out) == list(entries[39:])
 
 

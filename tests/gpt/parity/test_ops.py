@@ -94,7 +94,13 @@ def test_rotary_positions_are_checked_in_halves_and_interleaved_and_where_rows_a
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_every_row_is_checked_in_every_layout_and_with_large_values(row):
     assert {case.layout for case in row.cases} == {"rows", "transposed", "sliced"}
-    assert {case.scale for case in row.cases} == {1.0, 1e4}
+    scales = {case.scale for case in (*row.cases, *row.rounding)}
+    if row.layer in ("dpo", "orpo"):  # log-probabilities have a size of their own
+        assert scales == {0.01, 0.1, 1.0, 10.0}
+    elif row.layer == "lora":
+        assert scales == {1.0, 100.0, 1e4}
+    else:
+        assert {case.scale for case in row.cases} == {1.0, 1e4}
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
