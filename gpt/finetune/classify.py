@@ -75,6 +75,8 @@ class Classify(Task):
         }
 
     def trained(self, model: GPTConfig) -> tuple[str, ...]:
+        if model.lora:  # a new head that has no adapter would stay as it was drawn
+            return () if model.adapts("head") else ("*.lora_?", "head.*")
         layers = self.config.layers
         if layers == "auto":
             layers = "last_block" if self.config.weights else "all"

@@ -54,7 +54,8 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     """Of what the adapters read."""
     targets: tuple[str, ...] = TARGETS
-    """Layers that have one: query, key, value, out, mlp (or gate, up, down), head. May be given several times; all."""
+    """Layers that have one: query, key, value, out, mlp (or gate, up, down), head. May be given several times; all,
+    unless given. A classifier's new head without one is trained as a whole."""
 
     def settings(self) -> LoRA | None:
         """None at rank 0. UserError for what makes no adapter."""
@@ -120,7 +121,8 @@ class FinetuneConfig(ModelConfig):
 
 @dataclass
 class ClassifyConfig(FinetuneConfig):
-    """Teach a model to tell texts apart: its head is replaced by one with an output for each label."""
+    """Teach a model to tell texts apart: its head is replaced by one with an output for each label, unless it has that
+    many."""
 
     data: str = "sms-spam"
     """A name of the data catalogue, a file of lines LABEL<TAB>TEXT, or a .csv with the columns Label,Text."""

@@ -52,7 +52,7 @@ class Task(ABC):
     spec: dict[str, Any]  # what using the model needs to know, kept in its files
 
     def trained(self, model: GPTConfig) -> tuple[str, ...]:
-        """Patterns of the parameters that learn, where neither adapters nor the user's patterns say it; none: all."""
+        """Patterns of the parameters that learn, where the user's do not say it; none: all, or the adapters alone."""
         return ()
 
     def settings(self, train: TrainConfig) -> TrainConfig:
@@ -118,7 +118,7 @@ def build(config: FinetuneConfig, make_task: MakeTask, progress: Progress | None
     base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
     params, model = adapt(base, model, generator, **changes)
     task = make_task(config, tokenizer, model, generator)
-    patterns = config.optimizer.trained or (() if model.lora else task.trained(model))
+    patterns = config.optimizer.trained or task.trained(model)
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
     trainer = Trainer(
         make_engine(config, model, params, optimizer),

@@ -51,7 +51,10 @@ __all__ = ["build", "carry_out", "check_folder", "make_engine", "model_config", 
 CONFIG, LOG, PLOT = "config.yaml", "log.csv", "loss"
 # What a resumed run may change: on which engine it goes on, for how long, and how it is looked at. All else would make
 # it another run, as would what is FIXED of `train` and `optimizer`.
-FREE = ("engine", "precision", "compile", "out", "log_to", "resume", "prompt", "sample_tokens", "optimizer", "train")
+FREE = (
+    "engine", "precision", "compile", "out", "log_to", "resume", "prompt", "sample_tokens", "responses",
+    "max_new_tokens", "keep_tokens", "optimizer", "train",
+)  # fmt: skip
 FIXED = ("train.seed", "train.first_eval", "optimizer.trained")
 
 

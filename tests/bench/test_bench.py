@@ -1,5 +1,6 @@
 """The benchmarks run where there is no GPU, and write what they measured and where."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench import generate, layers, matmul, results
+from bench import cpu, generate, layers, matmul, results
 
 pytest.importorskip("torch")
 
@@ -38,6 +39,17 @@ def test_both_engines_step_in_turns_and_the_results_say_with_what(tmp_path):
     assert set(case["engines"]) == {"numpy", "torch"}
     assert case["time_ratio"] > 0
     assert all(figures["peak_bytes"] > 50 * 2**20 for figures in case["engines"].values())
+
+
+@pytest.mark.parametrize("name", ["classify", "lora", "orpo"])
+def test_steps_that_finetune_are_timed_and_those_of_adapters_held_against_the_whole_model_s(name):
+    case = dataclasses.replace(cpu.CASES[name], preset="bytes-tiny", batch=2, length=16, trained=())
+    measured = cpu.measure(name, case, rounds=2)
+    assert measured["time_ratio"] > 0
+    assert ("of_full" in measured) == (name == "lora")
+    if name == "lora":
+        assert set(measured["engines"]) == {"numpy", "torch", "numpy full", "torch full"}
+        assert 0 < measured["of_full_optimizer"] < 1
 
 
 def test_generation_is_timed_with_and_without_a_cache_and_by_transformers():
