@@ -30,12 +30,12 @@ class Linear(nn.Module):
         self, config: GPTConfig, name: str, d_in: int, d_out: int, bias: bool, layer: int = 0, tied: bool = False
     ) -> None:
         super().__init__()
-        self.weight = None if tied else nn.Parameter(torch.empty(d_out, d_in))
-        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        own = None if tied else nn.Linear(d_in, d_out, bias)  # which draws its first values
+        self.weight, self.bias = (own.weight, own.bias) if own else (None, None)
         self.lora = config.lora if config.adapts(name) else None
         if self.lora:
-            self.lora_a = nn.Parameter(torch.empty(self.lora.rank, d_in))
-            self.lora_b = nn.Parameter(torch.empty(d_out, self.lora.rank))
+            self.lora_a = nn.Linear(d_in, self.lora.rank, bias=False).weight
+            self.lora_b = nn.Parameter(torch.zeros(d_out, self.lora.rank))
         self.name, self.layer = name, layer
 
     def forward(

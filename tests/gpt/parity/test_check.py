@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt import cli
-from gpt.parity import check
+from gpt.parity import check, model
 from gpt.parity.gates import GATES, Result, distance, error_of
 from gpt.parity.ops import ROWS
 from gpt.parity.subjects import REFERENCE
@@ -198,7 +198,7 @@ def test_a_mistake_in_the_command_is_one_line_and_status_2(arguments, message, c
 def test_model_alone_checks_no_operator(capsys):
     assert cli.main(["check", "model", "--steps", "2", "--dtype", "float64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    models = {f"model {name}" for name in ("tied", "untied", "llama", "no-bias")}
+    models = {f"model {name}" for name in model.CONFIGS}
     assert {result["operator"] for result in report["results"]} == models
     gates = {result["gate"] for result in report["results"]}
     assert "differences" in gates

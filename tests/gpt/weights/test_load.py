@@ -49,7 +49,9 @@ def published(checkpoint, tmp_path, monkeypatch):
         server.contents = {f"/good/{name}": content for name, content in checkpoint.items()}
         files = tuple(File(name, len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in checkpoint.items())
         urls = (f"{server.address}/gone/", f"{server.address}/good/")
-        monkeypatch.setattr(registry, "ENTRIES", {"gpt2-small": Entry("gpt2-small", "tiny", "MIT", files, urls)})
+        monkeypatch.setattr(
+            registry, "ENTRIES", {"gpt2-small": Entry("gpt2-small", "124M", "tiny", "MIT", files, urls)}
+        )
         yield server
 
 

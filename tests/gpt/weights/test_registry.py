@@ -58,7 +58,7 @@ def entry(server, monkeypatch):
     contents = {"data": DATA, "hparams": SMALL, "index": b"index"}
     server.contents = {f"/{place}/{name}": content for place in "ab" for name, content in contents.items()}
     files = (File("data", len(DATA), sha256(DATA)), File("hparams", len(SMALL), None), File("index", None, None))
-    entry = Entry("mine", "", "", files, (f"{server.address}/a/", f"{server.address}/b/"))
+    entry = Entry("mine", "", "", "", files, (f"{server.address}/a/", f"{server.address}/b/"))
     monkeypatch.setitem(ENTRIES, "mine", entry)
     return entry
 
