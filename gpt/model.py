@@ -31,7 +31,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         own = None if tied else nn.Linear(d_in, d_out, bias)  # which draws its first values
-        self.weight: nn.Parameter | None = own.weight if own else None
+        self.weight: torch.Tensor | None = own.weight if own else None
         self.bias: torch.Tensor | None = own.bias if own else None
         self.lora = config.lora if config.adapts(name) else None
         if self.lora:
