@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,9 +79,9 @@ class ExampleLoader(Generic[Example, Made]):
 class Examples(Sequence[Example]):
     """A sequence of examples that are made one by one, by `example(i)`; a slice is a list of them."""
 
+    @abstractmethod
     def example(self, index: int) -> Example:
         """The example at 0 <= index < len(self)."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
