@@ -39,6 +39,7 @@ class NumpyEngine:
         self.config, self._dtype = config, dtype
         self._params = {name: np.array(params[name], dtype, order="C") for name in config.parameter_shapes()}
         self.trained = face.trained_names(config, optimizer.trained)
+        self._learns = frozenset(self.trained)
         learning = {name: self._params[name] for name in self.trained}
         self._optimizer = optim.AdamW(
             learning, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay
@@ -56,7 +57,7 @@ class NumpyEngine:
         face.check_batch(batch, self.config)
         memory.keep_freed()
         with np.errstate(over="ignore", invalid="ignore"):
-            logits, saved = model.forward(self._params, self.config, batch.inputs, noise, trained=self.trained)
+            logits, saved = model.forward(self._params, self.config, batch.inputs, noise, trained=self._learns)
             loss, saved_loss = _loss(logits, batch)
         if not np.isfinite(loss):
             del logits, saved, saved_loss

@@ -22,7 +22,7 @@ import numpy as np
 
 def forward(chosen: np.ndarray, rejected: np.ndarray, beta: float = 0.1) -> tuple[np.floating, Any]:
     """Mean log-probabilities of P answers each, (P,), at most 0 -> loss, a scalar, saved."""
-    qa, qb = (_not_probability(x) for x in (chosen, rejected))
+    qa, qb = (not_probability(x) for x in (chosen, rejected))
     z = (chosen - rejected) - (np.log(qa) - np.log(qb))
     return np.mean(beta * np.logaddexp(0, -z) - chosen, dtype=z.dtype), (chosen, rejected, qa, qb, beta)
 
@@ -38,5 +38,6 @@ def backward(dloss: float, saved: Any) -> tuple[np.ndarray, np.ndarray]:
         return dchosen, beta * scale * (share / qb)
 
 
-def _not_probability(logp: np.ndarray) -> np.ndarray:
+def not_probability(logp: np.ndarray) -> np.ndarray:
+    """1 - e^logp."""
     return np.maximum(-np.expm1(logp), np.finfo(logp.dtype).tiny)

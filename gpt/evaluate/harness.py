@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -81,7 +80,7 @@ def harness_class() -> type:
             return {
                 "engine": self.llm.engine.name,
                 "tokenizer": self.llm.tokenizer.name,
-                "model_num_parameters": sum(map(math.prod, config.parameter_shapes().values())),
+                "model_num_parameters": config.n_parameters,
                 "context_length": config.context_length,
             }
 

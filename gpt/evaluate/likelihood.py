@@ -164,7 +164,7 @@ def _encode_pair(llm: LLM, context: str, continuation: str, encoded: dict[str, l
 
 def _begun(llm: LLM, ids: list[int]) -> tuple[list[int], int]:
     """ids that have a token before them that begins or ends a text, and the number of tokens before the text."""
-    begin = list(getattr(llm.tokenizer, "begin", []))
+    begin = list(llm.tokenizer.begin)
     if begin:  # which LLM.encode has put there
         return ids, len(begin)
     eot = llm.tokenizer.eot
@@ -182,7 +182,7 @@ def _encode_text(llm: LLM, text: str) -> tuple[np.ndarray, int, int]:
     if not text:
         return np.zeros(0, np.int64), 0, 0
     ids, size = llm.encode(text), len(_utf8(text))
-    begin, eot = list(getattr(llm.tokenizer, "begin", [])), llm.tokenizer.eot
+    begin, eot = list(llm.tokenizer.begin), llm.tokenizer.eot
     if begin:
         return np.array(ids, np.int64), len(begin), size
     if eot is not None:

@@ -140,7 +140,7 @@ def measure_preferences(engine: Engine, batch: Preferences) -> dict[str, float]:
     """The objective's loss and the metrics of `Prefer`, from one pass in evaluation mode."""
     sums = engine.token_logps(batch).logps.sum(axis=1)
     a, b = (sums / batch.lengths).reshape(2, -1)
-    log_odds = (a - b) - (_log_not(a) - _log_not(b))
+    log_odds = (a - b) - (np.log(orpo.not_probability(a)) - np.log(orpo.not_probability(b)))
     if batch.objective == "dpo":
         assert batch.reference is not None
         (chosen, rejected), (chosen0, rejected0) = sums.reshape(2, -1), batch.reference.reshape(2, -1)
@@ -154,8 +154,3 @@ def measure_preferences(engine: Engine, batch: Preferences) -> dict[str, float]:
         "margin": float(np.mean(margins)),
         "log_odds": float(np.mean(log_odds)),
     }
-
-
-def _log_not(logp: np.ndarray) -> np.ndarray:
-    """log(1 - e^logp)."""
-    return np.log(np.maximum(-np.expm1(logp), np.finfo(logp.dtype).tiny))

@@ -256,11 +256,11 @@ def check_folder(config: Any) -> None:
 
 def _describe(config: ModelConfig, trainer: Trainer, data: str) -> str:
     engine = trainer.engine
-    counts = {name: math.prod(shape) for name, shape in engine.config.parameter_shapes().items()}
-    trained = sum(counts[name] for name in engine.trained)
-    learning = f", {trained:,} of them trained" if trained < sum(counts.values()) else ""
+    total, shapes = engine.config.n_parameters, engine.config.parameter_shapes()
+    trained = sum(math.prod(shapes[name]) for name in engine.trained)
+    learning = f", {trained:,} of them trained" if trained < total else ""
     return (
-        f"{data}; {config.weights or config.preset}: {sum(counts.values()):,} parameters{learning}; "
+        f"{data}; {config.weights or config.preset}: {total:,} parameters{learning}; "
         f"{engine.name} engine, {config.dtype}; "
         f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch; {config.out}"
     )
