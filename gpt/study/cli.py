@@ -21,7 +21,7 @@ class StudyConfig:
     """A run's folder, a folder or file of weights, or a name (weights list); none: a tiny model learns the text."""
     out: str = "report.html"
     """The page."""
-    steps: int = 100
+    steps: int = 30
     """Training steps of the tiny model."""
     dropout: float = 0.0
     """Rate at all places of the model."""

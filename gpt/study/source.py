@@ -31,10 +31,8 @@ def code_of(operation: Operation) -> dict[str, Any]:
     if operation.layer in PLAIN:
         last = operation.name.rpartition(".")[2]
         patterns = IN_MODEL.get(operation.layer) or IN_MODEL.get(last, IN_MODEL["lora"])
-        texts = [
-            _lines(function, chosen) for function, chosen in zip((model.forward, model.backward), patterns, strict=True)
-        ]
-        return {"file": "reference/model.py", "line": texts[0][0], "forward": texts[0][1], "backward": texts[1][1]}
+        (line, there), (_, back) = _lines(model.forward, patterns[0]), _lines(model.backward, patterns[1])
+        return {"file": "reference/model.py", "line": line, "forward": there, "backward": back}
     layer = layer_of(operation)
     functions = [_with_helpers(layer, function, operation.constants) for function in (layer.forward, layer.backward)]
     line = inspect.getsourcelines(layer.forward)[1]

@@ -27,7 +27,7 @@ MOST_TOKENS = 48  # that fit on the axes of a page
 MOST_PARAMETERS = 400_000_000  # in float64, with their gradients, 6.4 GB
 SNAPSHOTS = 10
 TINY = GPTConfig(2, MOST_TOKENS, 24, 2, 3, qkv_bias=True, tie_embeddings=True)
-LR = 3e-3
+LR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Subject:
         return self.snapshots[max(self.snapshots)]
 
 
-def tiny(text: str, steps: int = 100, seed: int = 1, dropout: float = 0.0) -> Subject:
+def tiny(text: str, steps: int = 30, seed: int = 1, dropout: float = 0.0) -> Subject:
     """A GPT of two layers that is trained on this text alone for so many steps."""
     if not 2 <= len(text) <= MOST_TOKENS + 1:
         raise UserError(f"text: expected 2 to {MOST_TOKENS + 1} characters for a page, got {len(text)}")
