@@ -350,7 +350,7 @@ const study = (() => {
       const box = canvas.getBoundingClientRect();
       return [box.left + left + (j + 0.5) * cell, box.top + top + (i + 0.5) * cell];
     };
-    const handle = { element, update, highlight, select, locate };
+    const handle = { element, update, highlight, select, locate, outlined: lit };
     canvas.heatmap = handle;
     return handle;
   }
