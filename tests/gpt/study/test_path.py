@@ -130,8 +130,9 @@ def test_a_click_on_every_tensor_of_every_station_shows_its_value_and_its_sum(wr
                 const { key, index } = study.inspector.current;
                 const panel = document.querySelector(".inspector");
                 found.push({
-                    station: station.name, local: view.local, key, index, value: panel.querySelector(".value").textContent,
-                    made: [...panel.querySelectorAll(".made .spelled")].map((row) => row.firstChild.parentNode.textContent),
+                    station: station.name, local: view.local, key, index,
+                    value: panel.querySelector(".value").textContent,
+                    made: [...panel.querySelectorAll(".made .spelled")].map((row) => row.textContent),
                     gradient: panel.querySelector(".gradient h4").textContent,
                 });
             }
@@ -162,9 +163,9 @@ def test_a_click_on_every_tensor_of_every_station_shows_its_value_and_its_sum(wr
 
 
 def test_what_an_element_was_computed_from_is_lit(written, open_page):
-    path, data, recording = written("tiny")
+    path, _, recording = written("tiny")
     page = open_page(path)
-    T, C = recording.tensors["blocks.0.norm1"].shape[1:]
+    C = recording.tensors["blocks.0.norm1"].shape[2]
 
     def lit(key, index):
         page.evaluate("([key, index]) => study.inspector.open(key, index, { scroll: true })", [key, index])
@@ -288,8 +289,7 @@ def test_the_normal_distribution_is_exact(written, open_page):
 
 
 def test_links_go_through_the_model_and_back(written, open_page):
-    path, data, recording = written("tiny")
-    page = open_page(path)
+    page = open_page(written("tiny")[0])
     page.evaluate("study.inspector.open('blocks.0.attn.query', [0, 2, 5], { scroll: true })")
     assert page.locator(".inspector .bar button").first.is_disabled()
     trail = [page.locator(".inspector h3").inner_text()]
@@ -308,8 +308,7 @@ def test_links_go_through_the_model_and_back(written, open_page):
 
 
 def test_an_address_can_be_shared(written, open_page):
-    path, data, recording = written("tiny")
-    page = open_page(path)
+    page = open_page(written("tiny")[0])
     page.evaluate("study.inspector.open('blocks.1.attn.heads>scores', [0, 2, 4, 1])")
     address = page.url
     assert address.endswith("[0,2,4,1]")
@@ -329,7 +328,7 @@ def test_an_address_can_be_shared(written, open_page):
 
 
 def test_the_keyboard_moves_closes_and_finds(written, open_page):
-    path, data, recording = written("tiny")
+    path, _, recording = written("tiny")
     page = open_page(path)
     page.keyboard.press("/")
     page.keyboard.type("norm1 block 1".replace("block ", "blocks."))
@@ -372,7 +371,7 @@ def test_steppers_show_each_head(written, open_page):
 
 
 def test_each_station_has_its_formulas_and_its_code(written, open_page):
-    path, data, recording = written("tiny")
+    path, data, _ = written("tiny")
     page = open_page(path)
     page.evaluate("study.data.stations.forEach((station) => study.path.unfold(station.name))")
     boxes = page.evaluate(
