@@ -163,9 +163,7 @@ def future(recording: Recording, noise: Noise | None) -> Iterator[Measure]:
     half = max(1, tokens.shape[1] // 2)
     other = tokens.copy()
     other[:, half:] = (other[:, half:] + 1) % config.vocab_size
-    before, after = (
-        model.forward(params, config, given, noise, keep=False)[0][:, :half] for given in (tokens, other)
-    )
+    before, after = (model.forward(params, config, given, noise, keep=False)[0][:, :half] for given in (tokens, other))
     yield "logits before an exchanged token", float(np.count_nonzero(before != after)), 0.0
 
 
