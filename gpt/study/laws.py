@@ -16,6 +16,7 @@ import numpy as np
 from gpt.engine import Noise
 from gpt.parity import laws, ops
 from gpt.parity.laws import EXACT, Measure, relative
+from gpt.parity.model import KEY_BIAS
 from gpt.parity.subjects import Reference
 from gpt.study.record import PLAIN, Recording, Step, layer_of
 from reference import cross_entropy, model
@@ -115,9 +116,8 @@ def _of_the_model(recording: Recording, noise: Noise | None) -> Iterator[tuple[s
         if layer == "attention":
             yield step.name, softmax_rows.__doc__, softmax_rows(step)
             yield step.name, score_rows.__doc__, score_rows(step)
-        if layer == "linear" and config.position == "learned" and step.gradients.get("bias") is not None:
-            if step.operation.tensors["bias"].endswith("attn.key.bias"):
-                yield step.name, key_bias.__doc__, key_bias(step)
+        if config.position == "learned" and step.operation.tensors.get("bias", "").endswith(KEY_BIAS):
+            yield step.name, key_bias.__doc__, key_bias(step)
         if layer == "linear" and step.name in (logits, f"{logits}.linear"):
             yield step.name, laws.weight_shift.__doc__, laws.weight_shift(_problem(step))
         if layer == "dropout":
