@@ -82,7 +82,7 @@ def broken_of(recording: Recording, noise: Noise | None = None, budget: float = 
                 "first": name,
                 "errors": [float(f"{error:.4g}") for error in errors],
                 "loss": float(wrong["loss"]),
-                "map": _map(wrong[name] - sound[name]),
+                "map": _map(wrong[name], sound[name]),
                 "check": defect.check,
                 "caught_at": defect.tensor,
                 "noticed": {
@@ -105,28 +105,27 @@ def _lines(defect: Defect) -> dict[str, Any]:
     """Where the source was altered: the first line's number, and the lines before and after, each with its sign."""
     altered = defect.altered_source().splitlines()
     sound = defect.source().splitlines()
-    changes = [
-        change
-        for change in difflib.SequenceMatcher(None, sound, altered, autojunk=False).get_opcodes()
-        if change[0] != "equal"
-    ]
-    lines = [(sign, line) for _, a, b, c, d in changes for sign, line in _signed(sound[a:b], altered[c:d])]
-    return {"line": changes[0][1] + 1, "diff": [[sign, line] for sign, line in lines]}
+    lines: list[list[str]] = []
+    first = 0
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, sound, altered, autojunk=False).get_opcodes():
+        if tag != "equal":
+            first = first or a + 1
+            lines += [["-", line] for line in sound[a:b]] + [["+", line] for line in altered[c:d]]
+    return {"line": first, "diff": lines}
 
 
-def _signed(old: list[str], new: list[str]) -> list[tuple[str, str]]:
-    return [("-", line) for line in old] + [("+", line) for line in new]
-
-
-def _map(difference: np.ndarray) -> dict[str, Any]:
-    """The part of a difference around its largest entry: along the last two axes, at these places of the others."""
+def _map(wrong: np.ndarray, sound: np.ndarray) -> dict[str, Any] | None:
+    """The part of their difference around its largest entry: along the last two axes, at these places of the others.
+    None of two of other shapes."""
+    if wrong.shape != sound.shape:
+        return None
+    difference = wrong - sound
     magnitude = np.nan_to_num(np.abs(difference), nan=np.inf)
-    at = np.unravel_index(np.argmax(magnitude), difference.shape)
-    table = np.atleast_2d(difference[at[:-2]])
-    place = (0, 0, *at)[-2:]
+    at = [int(i) for i in np.unravel_index(np.argmax(magnitude), difference.shape)]
+    table = np.atleast_2d(difference[tuple(at[:-2])])
     starts = [
-        max(0, min(int(i) - size // 2, n - size)) if n > size else 0
-        for i, size, n in zip(place, (ROWS, COLUMNS), table.shape, strict=True)
+        max(0, min(i - size // 2, n - size))
+        for i, size, n in zip([0, 0, *at][-2:], (ROWS, COLUMNS), table.shape, strict=True)
     ]
     part = table[starts[0] : starts[0] + ROWS, starts[1] : starts[1] + COLUMNS]
-    return {"index": [int(i) for i in at[:-2]], "shape": difference.shape, "starts": starts, **pack(part)}
+    return {"index": at[:-2], "shape": difference.shape, "starts": starts, **pack(part)}

@@ -117,6 +117,6 @@ def _states(
         shape = [tile, *([tile] if name in ("s", "p", "kept", "ds") else arrays[0].shape[1:])]
         whole = np.full((len(arrays), *shape), np.nan)
         for i, array in enumerate(arrays):
-            whole[(i, *map(slice, array.shape))] = array
+            whole[i][tuple(slice(n) for n in array.shape)] = array
         found[name] = pack(whole)
     return found

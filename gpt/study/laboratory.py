@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt.study.record import Recording
+from gpt.study.record import Recording, layer_of
 
 __all__ = ["laboratory_of"]
 
@@ -31,9 +31,12 @@ def laboratory_of(recording: Recording, budget: float = BUDGET) -> dict[str, Any
     """
     config = recording.config
     last = config.n_layers - 1
-    names = ("tok_emb.weight", "blocks.0.norm1.weight", "blocks.0.attn.query.weight", "blocks.0.attn.key.weight",
-             f"blocks.{last}.mlp.down.weight", "final_norm.weight", "head.weight")  # fmt: skip
-    names = tuple(name for name in names if name in recording.gradients)
+    names = [
+        name
+        for name in ("tok_emb.weight", "blocks.0.norm1.weight", "blocks.0.attn.query.weight",
+                     "blocks.0.attn.key.weight", f"blocks.{last}.mlp.down.weight", "final_norm.weight", "head.weight")
+        if name in recording.gradients
+    ]  # fmt: skip
     runs = len(names) * 2 * A_DECADE * -sum(SMALLEST.values())
     if runs * config.n_parameters * recording.tensors["tokens"].size > budget:
         return {"tensors": [], "why": f"{runs} losses of a model with {config.n_parameters:,} parameters take minutes."}
@@ -52,6 +55,9 @@ def _rounded(recording: Recording, dtype: str) -> Recording:
         for step in recording.steps
     ]
     tensors = {name: rounded(value) for name, value in recording.tensors.items()}
+    for step in steps:  # results are not rounded, but made of what was
+        arguments = step.arguments | {a: tensors[of] for a, of in step.operation.tensors.items()}
+        tensors[step.name] = np.asarray(layer_of(step.operation).forward(**arguments)[0])
     return dataclasses.replace(recording, steps=steps, tensors=tensors)
 
 
@@ -70,11 +76,11 @@ def _measured(recording: Recording, precisions: dict[str, Recording], name: str)
     }
     for dtype, rounded in precisions.items():
         count = -SMALLEST[dtype] * A_DECADE + 1
-        steps = np.logspace(SMALLEST[dtype], 0, count)[::-1] * largest
+        steps = (np.logspace(SMALLEST[dtype], 0, count)[::-1] * largest).tolist()
         errors = np.array([_errors(rounded, name, index, step, true) for step in steps])
         rounding = float(np.finfo(dtype).eps) * recording.loss
         found[dtype] = {
-            "steps": steps.tolist(),
+            "steps": steps,
             "central": errors[:, 0].tolist(),
             "forward": errors[:, 1].tolist(),
             "best": {  # as the formulas have it

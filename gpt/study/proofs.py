@@ -90,7 +90,8 @@ def derivative(
     f: Callable[[float], float], step: float, size: float, steps: int = STEPS, shrink: float = SHRINK
 ) -> float:
     """df/dx at 0 of a function whose values are of this `size`: see the module's docstring."""
-    best, found, before = math.inf, math.nan, []
+    best, found = math.inf, math.nan
+    before: list[float] = []
     for _ in range(steps):
         rounding = 4 * np.finfo(np.float64).eps * size / step
         row = [(f(step) - f(-step)) / (2 * step)]

@@ -80,6 +80,10 @@ study.section({
           test("np.allclose, atol 1e-4", defect.noticed.alone, defect.check.startsWith("model ") ? "on another small model with weights of 0.02, after a training step" : "on the layer alone, inputs of 0.02 and all-ones upstream gradients"),
           test("shapes", defect.noticed.shapes, "every tensor as large as it should be")),
       );
+      if (!defect.map) {
+        panel.append(el("p", {}, "It has another shape than it should, so that there is no difference to draw."));
+        return;
+      }
       const [rows, columns] = defect.map.shown;
       const numbers = (size, start) => Array.from({ length: size }, (_, i) => String(start + i));
       const labels = (size, start, whole) => (whole === tokens.length && !isParameter(defect.first) ? tokens.slice(start, start + size) : numbers(size, start));
