@@ -105,6 +105,13 @@ def weights(argv: list[str]) -> int:
     return main(argv)
 
 
+def study(argv: list[str]) -> int:
+    """Write a page with every number of a model's forward and backward pass; or study one layer alone."""
+    from gpt.study.cli import StudyConfig, study
+
+    return study(parse_config(StudyConfig, argv, prog="twingrad study"))
+
+
 def attention(argv: list[str]) -> None:
     """Draw every head's attention on a text, and how it grew in training."""
     from gpt.study.attention import AttentionConfig, show
@@ -150,7 +157,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
     for command in (
         check, train, finetune, finetune_lora, finetune_full, generate, chat, classify, respond, evaluate, weights,
-        attention, data, tokenizer, doctor, demo, version,
+        study, attention, data, tokenizer, doctor, demo, version,
     )
 }  # fmt: skip
 

@@ -1,0 +1,48 @@
+"""`twingrad study`: what it takes, and what it writes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.errors import UserError
+
+TEXT = "the cat sat on the mat"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Write a page with every number of a model's forward and backward pass over a text, or study one layer alone."""
+
+    text: str = TEXT
+    """The text that the pass is over."""
+    model: str | None = None
+    """A run's folder, a folder or file of weights, or a name (weights list); none: a tiny model learns the text."""
+    out: str = "report.html"
+    """The page."""
+    steps: int = 30
+    """Training steps of the tiny model."""
+    dropout: float = 0.0
+    """Rate at all places of the model."""
+    seed: int = 1
+    """Of the tiny model's first weights and of dropout."""
+
+
+def study(config: StudyConfig) -> int:
+    """Write what `config` asks for. Raises UserError."""
+    from gpt.study.report import write_report
+    from gpt.study.subject import loaded, tiny
+
+    start = time.perf_counter()
+    if config.model is None:
+        subject = tiny(config.text, config.steps, config.seed, config.dropout)
+    else:
+        subject = loaded(config.model, config.text, config.seed, config.dropout)
+    path = Path(config.out)
+    if path.is_dir():
+        raise UserError(f"out: {path} is a folder, expected a file to write, such as report.html")
+    write_report(path, subject)
+    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
+    print(f"{path}  {size:.1f} MB, {seconds:.1f} s; open it in a browser")
+    return 0
