@@ -37,6 +37,12 @@
     return p;
   }
 
+  /** Where colours end in maps of attention: 97 of 100 weights up to the diagonal are smaller. Matrices are T by T. */
+  study.weightLimit = (array, T) => {
+    const seen = array.filter((_, k) => k % T <= Math.floor(k / T) % T).sort();
+    return seen[Math.floor(0.97 * (seen.length - 1))] || 1;
+  };
+
   /** A row of buttons for each layer, with a small picture of each head; -> {element, select(l, h), update()}. */
   study.headPicker = (parent, { layers, heads, size, values, onPick }) => {
     const buttons = layers.map((layer, l) => Array.from({ length: heads }, (_, h) => {
@@ -71,11 +77,15 @@
     title: "What each head attends to",
     order: 30,
     blurb: "A head compares each token’s query with the keys of the tokens up to it and divides a weight of 1 among them. "
-      + "Queries go down, keys to the right; point at a cell for its number, choose one to see its row in the text.",
+      + "Queries go down, keys to the right; point at a cell for its number, choose one to see its row in the text. "
+      + "The colours of all weights end where 97 of 100 are reached.",
     render(element, data) {
       const tensors = Object.fromEntries(Object.entries(data.matrices).map(([name, packed]) => [name, unpack(packed)]));
       const [L, H, T] = tensors.p.shape;
-      let [layer, head, view, chosen] = [0, 0, "p", [T - 1, 0]];
+      const limit = study.weightLimit(tensors.p.array, T);
+      let [layer, head, view] = [0, 0, "p"];
+      const last = tensors.p.array.subarray((T - 1) * T, T * T);
+      let chosen = [T - 1, last.indexOf(last.reduce((a, b) => Math.max(a, b)))];
       const values = (name = view, l = layer, h = head) =>
         name === "unmasked" ? softmaxRows(matrix(tensors.scores, l, h), T) : matrix(tensors[name], l, h);
 
@@ -105,7 +115,7 @@
         onClick: (t, s) => { chosen = [t, s]; say(t, s); tint(); },
       };
       const maps = {
-        weights: study.heatmap(right, { ...shared, values: values("p"), diverging: false, max: 1, title: "Attention weights" }),
+        weights: study.heatmap(right, { ...shared, values: values("p"), diverging: false, max: limit, title: "Attention weights" }),
         scores: study.heatmap(right, { ...shared, values: values("scores"), diverging: true, title: "Scores" }),
       };
       const sentence = el("p", { class: "said", "aria-live": "polite" });
@@ -124,8 +134,9 @@
       }
       function tint() {
         const row = values(view === "scores" ? "p" : view).subarray(chosen[0] * T, (chosen[0] + 1) * T);
+        const most = row.reduce((a, b) => Math.max(a, b));
         text.replaceChildren(...data.labels.map((name, s) => el("li", {
-          class: `chip${s === chosen[0] ? " query" : ""}`, style: `--weight: ${Math.min(1, row[s]).toFixed(4)}`, title: `key ${token(s)}: ${study.exact(row[s])}`,
+          class: `chip${s === chosen[0] ? " query" : ""}`, style: `--weight: ${(row[s] / most).toFixed(4)}`, title: `key ${token(s)}: ${study.exact(row[s])}`,
         }, label(name))));
       }
       function laws() {
@@ -153,8 +164,7 @@
         const current = view === "scores" ? maps.scores : maps.weights;
         maps.scores.element.hidden = current !== maps.scores;
         maps.weights.element.hidden = current !== maps.weights;
-        const most = view === "dropped" ? 1 / (1 - data.rate) : 1;
-        current.update(values(), view === "scores" ? {} : { max: most });
+        current.update(values(), view === "scores" ? {} : { max: limit });
         current.select(...chosen);
         current.element.querySelector(".title").textContent = `${VIEWS[view]}, layer ${data.layers[layer]}, head ${head}`;
         meaning.textContent = MEANING[view];
@@ -212,7 +222,7 @@
         "The mean weight that a head gives to the key so many tokens back, over all queries that have one. A bright cell far from the "
         + "left edge is a head that looks back by a fixed distance. The last row is a head that looks at all keys alike."));
       study.heatmap(element, {
-        values: [...distances.array, ...uniform], rows: layers * heads + 1, columns: T, diverging: false, max: 1,
+        values: [...distances.array, ...uniform], rows: layers * heads + 1, columns: T, diverging: false,
         rowLabels: [...Array.from({ length: layers * heads }, (_, k) => `${Math.floor(k / heads)}.${k % heads}`), "alike"],
         rowTitle: "layer.head", columnTitle: "tokens back", title: "Mean weight by distance",
       });

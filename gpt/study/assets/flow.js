@@ -29,7 +29,9 @@
 
       element.append(el("h3", {}, "This model with its shortcuts and without"), el("p", {},
         "The same parameters, the same text: once as the model is, once with every x + branch(x) of a block replaced by branch(x) alone. "
-        + `The loss is ${number(data.with.loss, 5)} with shortcuts and ${number(data.without.loss, 5)} without, for which the model was never trained.`));
+        + `The loss is ${number(data.with.loss, 5)} with shortcuts and ${number(data.without.loss, 5)} without, for which the model was never trained. `
+        + "Each branch begins with a norm, which scales what it is given to size 1: without shortcuts, gradients of a few such blocks may as well grow "
+        + "as shrink. What shortcuts do to a network that has no norms, the five layers below show."));
       const controls = el("div", { class: "controls" });
       element.append(controls);
       const MEASURES = {
@@ -58,18 +60,18 @@
       const clipControls = el("div", { class: "controls" });
       const facts = el("p", { class: "clipped", "aria-live": "polite" });
       element.append(clipControls, facts);
-      let [side, most] = ["with", 1];
-      const LOW = -3;
+      const [LOW, STEPS] = [-3, 200]; // the slider's powers of ten, and how many places it has
       const HIGH = Math.ceil(Math.log10(Math.max(1, data.with.global_norm, data.without.global_norm)) + 0.3);
-      const toNorm = (i) => 10 ** (LOW + (i * (HIGH - LOW)) / 200);
+      const toNorm = (i) => 10 ** (LOW + (i * (HIGH - LOW)) / STEPS);
+      const start = Math.round((-LOW * STEPS) / (HIGH - LOW)); // a norm of 1
+      let [side, most] = ["with", toNorm(start)];
       study.choice(clipControls, {
         name: "Which pass", value: side, options: SIDES.map(([value, text]) => ({ value, label: text })), onChange(value) { side = value; clip(); },
       });
       study.slider(clipControls, {
-        min: 0, max: 200, value: Math.round((-LOW * 200) / (HIGH - LOW)), name: "max_norm", label: (i) => number(toNorm(i), 3),
+        min: 0, max: STEPS, value: start, name: "max_norm", label: (i) => number(toNorm(i), 3),
         onInput(i) { most = toNorm(i); clip(); },
       });
-      most = toNorm(Math.round((-LOW * 200) / (HIGH - LOW)));
       const clipped = study.bars(element, { rows: parts.map(spoken), series: [{ name: "", values: [] }], log: true });
       function clip() {
         const whole = data[side].global_norm;
@@ -101,7 +103,7 @@
       });
       element.append(
         study.table(["layer", "units", "with shortcuts", "without shortcuts", "ratio", "error, with", "error, without"], plain.means.map((mean, i) => [
-          String(i), `${data.widths[i]} → ${data.widths[i + 1]}`, short.means[i], mean, short.means[i] / mean, short.errors[i], plain.errors[i],
+          String(i), `${data.widths[i]}\u00a0→\u00a0${data.widths[i + 1]}`, short.means[i], mean, short.means[i] / mean, short.errors[i], plain.errors[i],
         ])),
         el("p", { class: "muted small" }, "error: the largest difference of an entry from central differences of the loss, relative to the largest entry."),
         el("div", { class: "laws" },

@@ -17,6 +17,7 @@
       const [S, L, H, T] = attention.shape;
       const norms = unpack(data.norms); // (S, P)
       const [said, right] = [unpack(data.probabilities), unpack(data.target_probabilities)]; // (S, T)
+      const limit = study.weightLimit(attention.array, T);
       let [now, layer, head, pair] = [S - 1, 0, 0, [T - 1, T > 1 ? T - 2 : 0]];
       const token = (t) => `${t} “${label(data.labels[t])}”`;
       const cells = (i, l, h) => {
@@ -88,7 +89,7 @@
       left.append(el("p", { class: "muted small" }, "Choose a head, then a cell to follow it."));
       const map = study.heatmap(rightSide, {
         values: cells(now, layer, head), rows: T, columns: T, rowLabels: data.labels, columnLabels: data.labels,
-        rowTitle: "query", columnTitle: "key", diverging: false, max: 1, title: "Attention weights",
+        rowTitle: "query", columnTitle: "key", diverging: false, max: limit, title: "Attention weights",
         onClick(t, s) { pair = [t, s]; show(); },
       });
 
@@ -101,7 +102,7 @@
       const names = Array.from({ length: L * H }, (_, k) => `${data.layers[Math.floor(k / H)]}.${k % H}`);
       const track = study.heatmap(element, {
         values: new Float64Array(L * H * S), rows: L * H, columns: S, rowLabels: names, columnLabels: shownSteps, rowTitle: "layer.head",
-        columnTitle: "step", diverging: false, max: 1, title: "The pair’s weight by head and step", cell: S <= 24 ? 22 : undefined,
+        columnTitle: "step", diverging: false, title: "The pair’s weight by head and step", cell: S <= 24 ? 22 : undefined,
         onClick(k, i) { pause(); [layer, head] = [Math.floor(k / H), k % H]; go(i); },
       });
       const lines = study.plot(element, { series: [], xlabel: "training steps", ylabel: "weight", marker: data.steps[now], onPick(step) { pause(); go(index(step)); } });
@@ -148,12 +149,12 @@
         loss.update({ marker: data.steps[now] });
         picker.update();
         picker.select(layer, head);
-        map.update(cells(now, layer, head), { max: 1 });
+        map.update(cells(now, layer, head), { max: limit });
         map.select(...pair);
         map.element.querySelector(".title").textContent = `Layer ${data.layers[layer]}, head ${head}, after ${data.steps[now]} steps`;
 
-        const table2 = Float64Array.from({ length: L * H * S }, (_, k) => weight(k % S, Math.floor(k / S / H), Math.floor(k / S) % H));
-        track.update(table2, { max: 1 });
+        const followed = Float64Array.from({ length: L * H * S }, (_, k) => weight(k % S, Math.floor(k / S / H), Math.floor(k / S) % H));
+        track.update(followed);
         track.select(layer * H + head, now);
         sentence.replaceChildren(`Query ${token(pair[0])} → key ${token(pair[1])}: `, el("strong", { class: "mono" }, number(weight(now, layer, head), 6)),
           ` in layer ${data.layers[layer]}, head ${head}, after ${data.steps[now]} steps.`);
