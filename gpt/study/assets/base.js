@@ -139,8 +139,8 @@ const study = (() => {
   /** {values, rows, columns, rowLabels?, columnLabels?, rowTitle?, columnTitle?, diverging, max?, title?, cell?,
       onHover?(i, j), onClick?(i, j)} -> {element, update(values, {max?}), highlight([[i, j]], kind?), select(i, j)}.
 
-      `values` row by row. Colours run from -max over 0 to max, or from 0 to max. `highlight` outlines cells, in another
-      colour where `kind` is 2; `select` marks one cell, or none if it gets none. Arrow keys select as a click does. */
+      `values` row by row. Colours run from -max over 0 to max, or from 0 to max. `highlight` outlines cells, of
+      two kinds in two colours, 1 and 2; `select` marks one cell, or none if it gets none. Arrow keys select as a click does. */
   function heatmap(parent, options) {
     const { rows, columns, rowTitle = "", columnTitle = "", diverging = true } = options;
     const flat = (values) => (Array.isArray(values?.[0]) ? values.flat() : values?.data ? unpack(values).array : values);
@@ -158,8 +158,7 @@ const study = (() => {
     const picture = document.createElement("canvas");
     picture.width = columns;
     picture.height = rows;
-    let lit = [];
-    let kind = 1;
+    const lit = { 1: [], 2: [] };
     let selected = null;
     let hovered = null;
 
@@ -186,7 +185,7 @@ const study = (() => {
       for (let k = 0; k < rows * columns; k++) {
         const value = values[k];
         const t = limit ? Math.min(1, Math.abs(value) / limit) : 0;
-        const end = value < 0 ? low : diverging ? high : colour("negative");
+        const end = value < 0 ? low : high;
         const broken = value === undefined || value === null || Number.isNaN(value);
         for (let c = 0; c < 3; c++) image.data[4 * k + c] = broken ? wrong[c] : zero[c] + (end[c] - zero[c]) * t;
         image.data[4 * k + 3] = 255;
@@ -269,7 +268,8 @@ const study = (() => {
           context.fillText(columnTicks[j], left + (j + 0.5) * cell, top - 8);
         }
       }
-      if (lit.length) outline(lit, kind === 2 ? "lit-2" : "lit", 2);
+      if (lit[1].length) outline(lit[1], "lit", 2);
+      if (lit[2].length) outline(lit[2], "lit-2", 2);
       if (hovered) outline([hovered], "muted", 1);
       if (selected) outline([selected], "text", 2);
     }
@@ -334,10 +334,9 @@ const study = (() => {
       if (y < box.scrollTop || y + cell > box.scrollTop + box.clientHeight) box.scrollTop = y - box.clientHeight / 2;
     }
     function highlight(cells, which = 1) {
-      lit = cells.filter(([i, j]) => i >= 0 && j >= 0 && i < rows && j < columns);
-      kind = which;
+      lit[which] = cells.filter(([i, j]) => i >= 0 && j >= 0 && i < rows && j < columns);
       draw();
-      if (lit.length && !selected) show(...lit[0]);
+      if (lit[which].length && !selected) show(...lit[which][0]);
     }
     function update(changed, more = {}) {
       values = flat(changed);
