@@ -23,8 +23,8 @@ luck says nothing: it is taken to be no less than what the NumPy engine errs by 
 one unit in its last place, the largest of three draws. What float32 can tell of a tensor is what such a move leaves.
 
 A key's bias has a true gradient of 0, unless keys are turned by their positions: its error is measured by the gradient
-of its weight. Two checkpoints may differ in it without any effect, and it is not compared. What is not a finite number
-never agrees with anything.
+of its weight. Two checkpoints may differ in it without any effect: it is not compared, and keys are taken without it.
+What is not a finite number never agrees with anything.
 """
 
 from __future__ import annotations
@@ -365,14 +365,18 @@ def _all(
 ) -> Iterator[tuple[TensorPair, tuple[np.ndarray, np.ndarray], np.ndarray | None]]:
     """Every tensor in order, with both values and the true one."""
     a, b = sides
+    biases = set()  # of keys, which two models may have different ones of
     if a.params is not b.params:
+        biases = {name for name in a.params if name.endswith(KEY_BIAS) and a.config.position != "rope"}
         for name, value in a.params.items():
-            if a.config.position == "rope" or not name.endswith(KEY_BIAS):
+            if name not in biases:
                 both = (value, b.params[name])
                 yield measure.pair("parameter", name, both, value), both, value
     true_trace = dict(measure.truth.trace)
     for name, x, y, note in paired(passes[0].trace, passes[1].trace, b.label):
         true = None if note else true_trace.get(name)
+        if true is not None and (bias := f"{name}.bias") in biases:
+            x, y, true = x - a.params[bias], y - b.params[bias], true - a.params[bias]
         yield measure.pair(_kind(name), name, (x, y), true, note=note), (x, y), true
         if note:
             return

@@ -276,7 +276,7 @@ def _map_lines(first: First) -> list[str]:
     where = ", ".join([*map(str, first.index[:-2]), *(":" for _ in first.index[-2:])])
     size = " x ".join(map(str, whole.shape[2 - len(first.index[-2:]) :]))
     lines = [
-        f"difference in [{where}], {size}: blank within the bound, █ to {largest:.1e}, each shade a quarter; ! not finite"
+        f"difference in [{where}], {size}: blank within the bound, █ to {largest:.1e}, shades fall by 4; ! not finite"
     ]
     for numbers, row in zip(shown, level, strict=True):
         cells = ("!" if np.isnan(x) else SHADES[round(n)] for x, n in zip(numbers, row, strict=True))
