@@ -29,6 +29,7 @@ What is not a finite number never agrees with anything.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,8 +85,6 @@ class Side:
 
     def operators(self, device: str = "cpu") -> Operators:
         """The set that the PyTorch model runs on; the NumPy engine has none."""
-        import dataclasses
-
         from gpt.ops import choose
 
         return dataclasses.replace(choose(self.engine, device), **self.kernels)
@@ -330,9 +329,13 @@ def moved(side: Side, truth: Pass, batch: Batch, noise: Noise | None) -> dict[tu
         params = {name: _nudged(rng, np.asarray(value, np.float32)) for name, value in side.params.items()}
         other = run_pass(Side(side.label, side.engine, side.config, params), batch, "float32", noise)
         for key, (x, true, size) in _beside(other, truth, side.config).items():
-            largest[key] = max(largest.get(key, 0.0), _distance(x, true, size))
+            distance = _distance(x, true, size)
+            if math.isfinite(
+                distance
+            ):  # what is truly 0, as behind an adapter that has learnt nothing, has no multiple
+                largest[key] = max(largest.get(key, 0.0), distance)
     for key in (("forward", "loss"), ("step", "loss")):
-        largest[key] = max(largest[key], largest["forward", "head"])
+        largest[key] = max(largest.get(key, 0.0), largest.get(("forward", "head"), 0.0))
     return largest
 
 

@@ -1,5 +1,6 @@
 """Two engines, or two checkpoints, side by side: a planted fault is found, and the right tensor is named."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -69,6 +70,30 @@ def test_engines_without_a_fault_agree_on_every_tensor(name, dtype):
     assert kinds.count("backward") == kinds.count("forward") - 1  # the loss has no gradient of its own
     assert found.not_finite == ("", "")
     assert "they agree" in render(found)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_adapters_that_have_learnt_nothing_are_0_on_both_sides(dtype):
+    both = sides("adapted", dtype)
+    for name, value in both[0].params.items():
+        value *= not name.endswith("lora_b")
+    assert compared(both, dtype).agree
+    lora = compared((both[0], dataclasses.replace(both[1], kernels={"dropout": off("dropout", 1.01)})), dtype)
+    assert named(lora) == "forward emb.dropout"
+
+
+def test_float32_holds_for_other_weights_batches_and_masks_too():
+    """Rounding is chance, and a bound that only some draws pass would be fitted to them."""
+    for name, config in model.CONFIGS.items():
+        for seed in range(5):
+            rng = np.random.default_rng(seed)
+            params = {
+                tensor: (value * rng.uniform(0.5, 1.5, value.shape)).astype(np.float32)
+                for tensor, value in model.parameters(config).items()
+            }
+            both = Side("numpy", "numpy", config, params), Side("torch", "torch", config, params)
+            found = diverge(both, model.batch(config, seed), "float32", model.noise(seed))
+            assert found.agree, (name, seed, found.first.pair)
 
 
 # ---------------------------------------------------------------- a fault in each operator
