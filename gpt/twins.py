@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from gpt import ops
+from gpt.engine import Batch, Noise
 from gpt.errors import UserError
 from gpt.ops import Operators
+from gpt.torch_engine import TorchEngine
 
 # What a pass of training may use. `cached_attention`, which is for generation alone, has no gradient.
 SWAPPABLE = tuple(
@@ -125,6 +127,18 @@ def unfused(operators: Operators) -> Operators:
         return operators.cross_entropy(F.linear(x, weight, bias), targets, ignore_index)
 
     return dataclasses.replace(ops.separate(operators), linear_cross_entropy=linear_cross_entropy)
+
+
+def fused_forward(engine: TorchEngine, batch: Batch, noise: Noise | None) -> list[tuple[str, np.ndarray]]:
+    """Every tensor of the forward pass as training computes it, fused operators and all; `trace` takes them apart."""
+    tensors: list[tuple[str, np.ndarray]] = []
+
+    def note(name: str, tensor: torch.Tensor) -> None:
+        tensors.append((name, tensor.cpu().numpy().copy()))
+
+    with torch.no_grad():
+        engine.model(torch.from_numpy(np.asarray(batch.inputs, np.int64)).to(engine.device), noise, note)
+    return tensors
 
 
 def counted(operators: Operators, used: set[str]) -> Operators:

@@ -5,7 +5,9 @@ What is compared, in this order:
     parameter    of two checkpoints, what they begin with
     forward      every tensor of the pass, down to the loss
     backward     the gradient of each of these, on the way back
-    step         the loss once more, as training computes it: with fused operators, which the trace takes apart
+    fused        forward once more, as training computes it: a kernel may do two steps in one, which are taken apart for
+                 the tensors above, so that each has its gradient
+    step         the loss of this
     gradient     the gradient of each parameter, in the order in which the backward pass finishes them
 
 and by which measure. The truth t is the NumPy engine in float64 with the parameters of the first side.
@@ -66,7 +68,7 @@ __all__ = [
     "step_pairs",
 ]
 
-Kind = Literal["parameter", "forward", "backward", "step", "gradient"]
+Kind = Literal["parameter", "forward", "backward", "fused", "step", "gradient"]
 ROUNDING = 3.0  # in float32: times the other side's error
 DRAWS = 3  # of parameters moved by one unit in their last place
 AROUND = 3  # rows and columns on each side of the worst element, of which the values are shown
@@ -105,6 +107,9 @@ class Pass(NamedTuple):
     trace: list[tuple[str, np.ndarray]]  # forward, the loss, and backward ("d." before the name), in order
     loss: np.ndarray  # of the step, float64 scalar
     gradients: Arrays  # by parameter name, in the order in which the engine has them; none if the loss is not finite
+    fused: Sequence[
+        tuple[str, np.ndarray]
+    ] = ()  # forward once more, where operators may be fused that are not PyTorch's
 
 
 @dataclass(frozen=True)
@@ -279,7 +284,14 @@ def run_pass(side: Side, batch: Batch, dtype: str, noise: Noise | None, device: 
         engine = side.make(dtype, device)
         try:
             trace = traced(engine, batch, noise)
-            return Pass(trace, *accumulated(engine, batch, noise))
+            fused: Sequence[tuple[str, np.ndarray]] = ()
+            if side.kernels or side.engine == "triton":
+                from gpt.torch_engine import TorchEngine
+                from gpt.twins import fused_forward
+
+                assert isinstance(engine, TorchEngine)
+                fused = fused_forward(engine, batch, noise)
+            return Pass(trace, *accumulated(engine, batch, noise), fused)
         except UserError:
             raise
         except Exception as error:
@@ -334,6 +346,7 @@ def moved(side: Side, truth: Pass, batch: Batch, noise: Noise | None) -> dict[tu
                 distance
             ):  # what is truly 0, as behind an adapter that has learnt nothing, has no multiple
                 largest[key] = max(largest.get(key, 0.0), distance)
+    largest |= {("fused", name): distance for (kind, name), distance in largest.items() if kind == "forward"}
     for key in (("forward", "loss"), ("step", "loss")):
         largest[key] = max(largest.get(key, 0.0), largest.get(("forward", "head"), 0.0))
     return largest
@@ -368,22 +381,36 @@ def _all(
 ) -> Iterator[tuple[TensorPair, tuple[np.ndarray, np.ndarray], np.ndarray | None]]:
     """Every tensor in order, with both values and the true one."""
     a, b = sides
-    biases = set()  # of keys, which two models may have different ones of
+    truth = measure.truth
     if a.params is not b.params:
+        # Of keys, which may differ without any effect.
         biases = {name for name in a.params if name.endswith(KEY_BIAS) and a.config.position != "rope"}
         for name, value in a.params.items():
             if name not in biases:
                 both = (value, b.params[name])
                 yield measure.pair("parameter", name, both, value), both, value
-    true_trace = dict(measure.truth.trace)
+        passes = [_without(biases, of_side, side.params) for of_side, side in zip(passes, sides, strict=True)]
+        truth = _without(biases, truth, a.params)
+    true_trace = dict(truth.trace)
     for name, x, y, note in paired(passes[0].trace, passes[1].trace, b.label):
         true = None if note else true_trace.get(name)
-        if true is not None and (bias := f"{name}.bias") in biases:
-            x, y, true = x - a.params[bias], y - b.params[bias], true - a.params[bias]
         yield measure.pair(_kind(name), name, (x, y), true, note=note), (x, y), true
         if note:
             return
+    ours, theirs = ({**dict(of_side.trace), **dict(of_side.fused)} for of_side in passes)
+    for name in dict(passes[0].fused) | dict(passes[1].fused):
+        both, true = (ours[name], theirs[name]), true_trace[name]
+        yield measure.pair("fused", name, both, true), both, true
     yield from step_pairs(passes, measure, a.config)
+
+
+def _without(biases: set[str], of_side: Pass, params: Arrays) -> Pass:
+    """The same pass, with the tensors that these biases were added to as they were before."""
+
+    def plain(tensors: Sequence[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
+        return [(name, x - params[bias] if (bias := f"{name}.bias") in biases else x) for name, x in tensors]
+
+    return of_side._replace(trace=plain(of_side.trace), fused=plain(of_side.fused))
 
 
 def step_pairs(
@@ -472,6 +499,7 @@ def _first_not_finite(side: Side, of_side: Pass) -> str:
     named = (
         *((f"parameter {name}", array) for name, array in side.params.items()),
         *of_side.trace,
+        *of_side.fused,
         ("the loss of the step", of_side.loss),
         *((f"gradient of {name}", array) for name, array in of_side.gradients.items()),
     )

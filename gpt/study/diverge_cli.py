@@ -240,7 +240,7 @@ def _first_lines(found: Divergence, first: First) -> list[str]:
         + (f"; {pair.note}" if pair.note else ""),
     ]
     if pair.kind == "step":
-        lines.append("nothing before it does: it is in what a step fuses, or in the loss itself (--bisect)")
+        lines.append("nothing before it does: it is in the loss that is fused with the head")
     for label, name in zip(found.sides, found.not_finite, strict=True):
         if name:
             lines.append(f"{label}: the first tensor that is not finite is {name}")

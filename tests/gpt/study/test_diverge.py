@@ -152,8 +152,8 @@ OPERATORS = {
     "rms_norm": ("llama", "forward blocks.0.norm1"),
     "rope": ("llama", "forward blocks.0.attn.query.rope"),
     "swiglu": ("llama", "forward blocks.0.mlp.act"),
-    "add_layer_norm": ("tied", "step loss"),  # what is fused, a trace takes apart
-    "add_rms_norm": ("llama", "step loss"),
+    "add_layer_norm": ("tied", "fused blocks.0.norm2"),  # what is fused, a trace takes apart
+    "add_rms_norm": ("llama", "fused blocks.0.norm2"),
     "linear_cross_entropy": ("tied", "step loss"),
 }
 
@@ -312,6 +312,14 @@ def test_of_two_models_the_first_parameter_that_differs_is_named(dtype):
 def test_another_bias_of_the_keys_parts_no_models(dtype):
     assert compared(two_models("tied", dtype, blocks_0_attn_key_bias=lambda x: x + 3), dtype).agree
     assert not compared(two_models("tied", dtype, blocks_0_attn_query_bias=lambda x: x + 3), dtype).agree
+
+
+def test_nor_where_one_model_runs_on_somebody_s_operators():
+    a, b = two_models("tied", blocks_1_attn_key_bias=lambda x: x + 3)
+    b = dataclasses.replace(b, engine="torch", kernels={"gelu": off("gelu", 1)})
+    found = compared((a, b))
+    assert found.agree, found.first
+    assert "fused" in {pair.kind for pair in found.pairs}
 
 
 def test_another_bias_of_keys_that_are_turned_does():
