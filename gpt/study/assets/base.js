@@ -585,6 +585,20 @@ const study = (() => {
 
   // Sections and the contents.
 
+  /** Scroll to an element, and again while what comes near the window is drawn and moves it. */
+  let jumping = 0;
+  function jump(target, block = "start") {
+    cancelAnimationFrame(jumping);
+    target.scrollIntoView({ block });
+    const place = target.getBoundingClientRect().top;
+    const again = (frames) => {
+      if (Math.abs(target.getBoundingClientRect().top - place) > 2) target.scrollIntoView({ block });
+      if (frames) jumping = requestAnimationFrame(() => again(frames - 1));
+    };
+    again(20);
+  }
+  for (const name of ["wheel", "touchstart", "pointerdown", "keydown"]) addEventListener(name, () => cancelAnimationFrame(jumping), { passive: true });
+
   const main = document.querySelector("main");
   const list = el("ol");
   const tools = el("div", { class: "tools" });
@@ -594,7 +608,15 @@ const study = (() => {
   const fold = () => { folded.open = !narrow.matches; };
   narrow.addEventListener("change", fold);
   fold();
-  list.addEventListener("click", () => narrow.matches && (folded.open = false));
+  list.addEventListener("click", (event) => {
+    const target = document.getElementById(event.target.closest("a")?.getAttribute("href").slice(1));
+    if (!target) return;
+    event.preventDefault();
+    if (narrow.matches) folded.open = false;
+    if (target.tagName === "DETAILS") target.open = true;
+    history.replaceState(null, "", `#${target.id}`);
+    jump(target);
+  });
 
   const sections = new Map();
   const near = new IntersectionObserver((entries) => {
@@ -683,6 +705,6 @@ const study = (() => {
 
   return {
     data, el, svg, math, number, exact, label, unpack, tensor, onTheme, colour, css, tooltip, heatmap, plot, slider, choice,
-    badge, code, table, section, draw, drawAll, contents, tools,
+    badge, code, table, section, draw, drawAll, jump, contents, tools,
   };
 })();

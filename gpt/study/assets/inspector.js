@@ -306,7 +306,7 @@ study.inspector = (() => {
     );
     panel.hidden = false;
     panel.scrollTop = 0;
-    for (const row of panel.querySelectorAll(".formula")) study.path.fit(row);
+    for (const row of panel.querySelectorAll(".formula")) study.path.fit([row]);
     document.documentElement.classList.add("inspecting");
     study.path.mark(key, index, value.read, gradient.read);
     history.replaceState(null, "", address(key, index));

@@ -49,7 +49,10 @@ study.path = (() => {
       element.append(el("div", { class: "stepper" },
         el("button", { type: "button", "aria-label": `Previous ${name}`, onclick: () => move(-1) }, "‹"), at,
         el("button", { type: "button", "aria-label": `Next ${name}`, onclick: () => move(1) }, "›")));
-      return () => { at.textContent = `${name} ${lead[axis]} of ${n}`; };
+      return () => {
+        const text = `${name} ${lead[axis]} of ${n}`;
+        if (at.textContent !== text) at.textContent = text; // what does not change is not laid out again
+      };
     });
 
     const room = Math.max(200, parent.clientWidth - 40);
@@ -104,9 +107,18 @@ study.path = (() => {
 
   // One station.
 
-  /** A formula that is too wide is set somewhat smaller; what is still too wide scrolls. */
-  function fit(row) {
-    if (row.scrollWidth > row.clientWidth) row.style.fontSize = `${Math.max(0.76, row.clientWidth / row.scrollWidth)}em`;
+  /** Formulas that are too wide are all set somewhat smaller; what is still too wide scrolls. */
+  function fit(rows) {
+    const ratio = Math.min(1, ...[...rows].map((row) => row.clientWidth / row.scrollWidth || 1));
+    if (ratio === 1) return;
+    for (const row of rows) row.style.fontSize = `${Math.max(0.84, 0.99 * ratio)}em`;
+    for (const row of rows) {
+      const more = () => row.classList.toggle("more-behind", row.scrollLeft + row.clientWidth < row.scrollWidth - 2);
+      if (row.scrollWidth <= row.clientWidth) continue;
+      row.tabIndex = 0;
+      row.addEventListener("scroll", more, { passive: true });
+      more();
+    }
   }
 
   function body(station, parent) {
@@ -141,12 +153,12 @@ study.path = (() => {
       control.set(value);
     });
     parent.append(bar, columns);
-    for (const row of columns.querySelectorAll(".formula")) fit(row);
+    for (const column of columns.children) fit(column.querySelectorAll(".formula"));
     for (const { column, groups } of [forward, backward]) {
       for (const [title, names] of groups) {
         if (!names.length) continue;
         column.append(el("p", { class: "group" }, title));
-        const holder = el("div", { class: "tensors" });
+        const holder = el("div", { class: "maps" });
         column.append(holder);
         for (const name of names) view(holder, station, name);
       }
@@ -231,25 +243,11 @@ study.path = (() => {
     return found;
   }
 
-  /** Scroll to an element, and again while what comes near the window is drawn and moves it. */
-  let settling = 0;
-  function settle(target, block, frames = 14) {
-    cancelAnimationFrame(settling);
-    target.scrollIntoView({ block });
-    const before = target.getBoundingClientRect().top;
-    const again = (left) => {
-      if (Math.abs(target.getBoundingClientRect().top - before) > 2) target.scrollIntoView({ block });
-      if (left) settling = requestAnimationFrame(() => again(left - 1));
-    };
-    again(frames);
-  }
-  for (const name of ["wheel", "touchstart", "pointerdown", "keydown"]) addEventListener(name, () => cancelAnimationFrame(settling), { passive: true });
-
   /** Go to a station. */
   function go(name) {
     study.draw("path");
     if (!elements.has(name)) return false;
-    settle(unfold(name), "start");
+    study.jump(unfold(name));
     history.replaceState(null, "", `#${name}`);
     return true;
   }
@@ -268,7 +266,7 @@ study.path = (() => {
     if (!found.element.offsetParent) columns.dataset.show = "both";
     const box = found.element.getBoundingClientRect();
     const bottom = matchMedia("(max-width: 62rem)").matches ? innerHeight * 0.45 : innerHeight;
-    if (box.top < 0 || Math.min(box.bottom, box.top + 160) > bottom) settle(found.element, bottom < innerHeight ? "start" : "center");
+    if (box.top < 0 || Math.min(box.bottom, box.top + 160) > bottom) study.jump(found.element, bottom < innerHeight ? "start" : "center");
   }
 
   /** Follow the address: an element, a station, or neither. */
