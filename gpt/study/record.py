@@ -286,19 +286,27 @@ def _total(parts: list[tuple[str, str, np.ndarray]]) -> np.ndarray:
     return functools.reduce(np.add, sums.values())
 
 
-def differences_to_model(recording: Recording, noise: Noise | None = None) -> tuple[int, list[str]]:
-    """How many tensors of a pass of `reference.model` were compared with the recording's, and which have other bits."""
-    config, tensors = recording.config, recording.tensors
-    params = {name: tensors[name] for name in config.parameter_shapes()}
+def trace_model(
+    config: GPTConfig, params: Arrays, tokens: np.ndarray, targets: np.ndarray, noise: Noise | None = None
+) -> Arrays:
+    """A pass of `reference.model`: its tensors in the order of execution, those of the way back and the parameters'
+    gradients with "d." before their names."""
     seen: Arrays = {}
 
     def keep(name: str, tensor: np.ndarray) -> None:
         seen[name] = np.array(tensor)
 
-    logits, saved = model.forward(params, config, tensors["tokens"], noise, keep)
-    loss, saved_loss = cross_entropy.forward(logits, tensors["targets"])
+    logits, saved = model.forward(params, config, tokens, noise, keep)
+    loss, saved_loss = cross_entropy.forward(logits, targets)
     keep("loss", np.asarray(loss))
     grads = model.backward(cross_entropy.backward(1.0, saved_loss), saved, trace=keep)
-    seen |= {f"d.{name}": gradient for name, gradient in grads.items()}
+    return seen | {f"d.{name}": gradient for name, gradient in grads.items()}
+
+
+def differences_to_model(recording: Recording, noise: Noise | None = None) -> tuple[int, list[str]]:
+    """How many tensors of a pass of `reference.model` were compared with the recording's, and which have other bits."""
+    config, tensors = recording.config, recording.tensors
+    params = {name: tensors[name] for name in config.parameter_shapes()}
+    seen = trace_model(config, params, tensors["tokens"], tensors["targets"], noise)
     ours = {**tensors, **{f"d.{name}": gradient for name, gradient in recording.gradients.items()}}
     return len(seen), [name for name, tensor in seen.items() if not np.array_equal(ours[name], tensor)]

@@ -164,7 +164,7 @@ const study = (() => {
 
     context.font = FONT;
     const widest = (labels) => Math.max(0, ...labels.map((text) => context.measureText(text).width));
-    const ticks = (labels, n) => (labels ? labels.slice(0, n).map(label) : Array.from({ length: n }, (_, i) => String(i)));
+    const ticks = (labels, n) => (labels ? labels.slice(0, n).map((text) => (text === "" ? "" : label(text))) : Array.from({ length: n }, (_, i) => String(i)));
     const rowTicks = ticks(options.rowLabels, rows);
     const columnTicks = ticks(options.columnLabels, columns);
     const left = Math.min(110, Math.ceil(widest(rowTicks)) + 8);
@@ -586,11 +586,18 @@ const study = (() => {
   const near = new IntersectionObserver((entries) => {
     for (const entry of entries) if (entry.isIntersecting) draw(entry.target.id);
   }, { rootMargin: "700px" });
-  const current = new IntersectionObserver(() => {
-    const ordered = [...sections.values()].filter((one) => one.element.getBoundingClientRect().top < innerHeight / 3);
-    const here = ordered.sort((a, b) => b.element.getBoundingClientRect().top - a.element.getBoundingClientRect().top)[0];
-    for (const one of sections.values()) one.link.toggleAttribute("aria-current", one === here);
-  }, { rootMargin: "-33% 0px -60% 0px", threshold: [0, 0.01] });
+
+  /** Which entry of the contents is read now: the last one that has come up to the window's upper third. */
+  function follow() {
+    let here = null;
+    for (const link of list.querySelectorAll("a")) {
+      const target = document.getElementById(link.getAttribute("href").slice(1));
+      if (target && target.getBoundingClientRect().top < innerHeight / 3) here = link;
+    }
+    for (const link of list.querySelectorAll("a")) link.toggleAttribute("aria-current", link === here);
+  }
+  let following = 0;
+  addEventListener("scroll", () => { following ||= requestAnimationFrame(() => { following = 0; follow(); }); }, { passive: true });
 
   function section({ id, title, blurb = "", order = 50, own = false, render }) {
     if (!own && !Object.hasOwn(data.sections ?? {}, id)) return;
@@ -608,7 +615,6 @@ const study = (() => {
     sections.clear();
     for (const [key, value] of sorted) sections.set(key, value);
     near.observe(element);
-    current.observe(element);
   }
 
   /** Draw a section now, if it has not been. */
