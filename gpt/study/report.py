@@ -98,7 +98,13 @@ def _sections(subject: Subject, recording: Recording) -> dict[str, Any]:
         "attention": heads(recording, labels),
         "flash": flash_of(recording),
         "training": training(
-            subject.config, subject.snapshots.items(), subject.tokens, subject.targets, labels, subject.spell
+            subject.config,
+            subject.snapshots.items(),
+            subject.tokens,
+            subject.targets,
+            labels,
+            subject.spell,
+            subject.curve,
         ),
         "flow": flow(recording),
         "laboratory": laboratory_of(recording),
