@@ -307,7 +307,7 @@ def _mathml(tree: Tree) -> tuple[str, int]:
     """A row of MathML, and how strongly its outermost operation binds."""
     kind, *parts = tree
     if kind == "number":
-        return f"<mn>{parts[0]:g}</mn>", ATOM
+        return ("<mi>&#x221E;</mi>" if parts[0] == -NOTHING else f"<mn>{parts[0]:g}</mn>"), ATOM
     if kind in ("index", "name"):
         return f"<mi>{_SYMBOLS.get(parts[0], parts[0])}</mi>", ATOM
     if kind == "tensor":
@@ -315,7 +315,7 @@ def _mathml(tree: Tree) -> tuple[str, int]:
         name = _SYMBOLS.get(parts[0], parts[0].replace("_", " "))
         return f"<msub><mi>{name}</mi><mrow>{indices}</mrow></msub>", ATOM
     if kind in ("sum", "max"):
-        sign = "<mo>&#x2211;</mo>" if kind == "sum" else "<mi>max</mi>"
+        sign = "<mo>&#x2211;</mo>" if kind == "sum" else '<mo rspace="0.2em" movablelimits="false">max</mo>'
         letters = "<mo>,</mo>".join(f"<mi>{letter}</mi>" for letter in parts[0])
         over = _enclosed(_mathml(parts[1]), 2)
         return f"<mrow><munder>{sign}<mrow>{letters}</mrow></munder>{over}</mrow>", 2

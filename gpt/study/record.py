@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -243,13 +244,21 @@ class Recording:
 
 
 def record(
-    config: GPTConfig, params: Arrays, tokens: np.ndarray, targets: np.ndarray, noise: Noise | None = None
+    config: GPTConfig,
+    params: Arrays,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    noise: Noise | None = None,
+    chain: Sequence[Operation] | None = None,
 ) -> Recording:
-    """Run the model on tokens (B, T) with these targets (B, T), and back."""
+    """Run the model on tokens (B, T) with these targets (B, T), and back. `chain`: operations to run, in order, that
+    are not the model's own; it ends with the loss."""
     dtype = params["tok_emb.weight"].dtype
     tensors: Arrays = {"tokens": tokens, "targets": targets, "positions": np.arange(tokens.shape[1]), **params}
     steps = []
-    for operation in operations(config, (tokens.shape[0], tokens.shape[1]), noise, dtype):
+    if chain is None:
+        chain = operations(config, (tokens.shape[0], tokens.shape[1]), noise, dtype)
+    for operation in chain:
         arguments = {argument: tensors[of] for argument, of in operation.tensors.items()} | operation.constants
         y, saved = layer_of(operation).forward(**arguments)
         tensors[operation.name] = np.asarray(y)

@@ -13,19 +13,29 @@ from typing import Any
 
 import numpy as np
 
+from gpt.study.broken import broken_of
 from gpt.study.equations import Equation
+from gpt.study.flash import flash_of
+from gpt.study.flow import flow
+from gpt.study.heads import heads
+from gpt.study.laboratory import laboratory_of
+from gpt.study.laws import laws_of
 from gpt.study.page import pack, write
+from gpt.study.proofs import proofs_of
 from gpt.study.record import Recording, Step, differences_to_model, record
 from gpt.study.source import code_of, document_of
 from gpt.study.subject import Subject
+from gpt.study.training import training
 from reference.config import GPTConfig
 
 __all__ = ["build", "station", "write_report"]
 
-MOST_NUMBERS = 300_000  # of the stations' tensors: 3.2 MB of a page
+MOST_NUMBERS = 220_000  # of the stations' tensors: 2.4 MB of a page
 LIMITS = (64, 48, 32, 24, 16, 12, 8, 6, 4)  # of an axis that is cut
 MOST_BLOCKS = 3
-SCRIPTS = ("path",)
+SCRIPTS = (
+    "equations", "inspector", "path", "bars", "attention", "flash", "training", "flow", "laboratory", "defects",
+)  # fmt: skip
 
 TITLES = {
     "tok_emb": "Token embedding", "pos_emb": "Position embedding", "emb": "Tokens and positions", "head": "Output head",
@@ -53,7 +63,12 @@ def build(subject: Subject) -> dict[str, Any]:
     if not complete:
         notes.append(f"Of each tensor the first {limit} entries along each axis are on this page.")
     tensors: dict[str, dict[str, Any]] = {}
-    stations = [station(step, recording, tensors, limit) for step in steps]
+    laws, proofs = laws_of(recording, subject.noise), proofs_of(recording)
+    stations = [
+        station(step, recording, tensors, limit)
+        | {"laws": laws.get(step.name, []), "proofs": proofs.get(step.name, [])}
+        for step in steps
+    ]
     return {
         "title": f"Every gradient of {subject.name}",
         "text": "".join(subject.labels),
@@ -72,7 +87,22 @@ def build(subject: Subject) -> dict[str, Any]:
             for of, parts in recording.contributions.items()
             if len(parts) > 1 and f"d.{of}" in tensors
         },
-        "sections": {},
+        "sections": _sections(subject, recording),
+    }
+
+
+def _sections(subject: Subject, recording: Recording) -> dict[str, Any]:
+    """What follows the path, each from a module of its own."""
+    labels = subject.labels[:-1]
+    return {
+        "attention": heads(recording, labels),
+        "flash": flash_of(recording),
+        "training": training(
+            subject.config, subject.snapshots.items(), subject.tokens, subject.targets, labels, subject.spell
+        ),
+        "flow": flow(recording),
+        "laboratory": laboratory_of(recording),
+        "defects": broken_of(recording, subject.noise),
     }
 
 
@@ -101,8 +131,6 @@ def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]]
         "constants": {name: float(v) for name, v in step.values.items() if isinstance(v, (int, float))},
         "code": code_of(step.operation),
         "doc": document_of(step.operation),
-        "proofs": [],
-        "laws": [],
     }
 
 

@@ -164,11 +164,12 @@ study.equations = (() => {
     return (changed.get("loss") ?? study.tensor("loss").array)[0];
   }
 
-  /** The loss' central difference along one element of a tensor: {slope, step}. */
+  /** The loss' central difference along one element of a tensor: {slope, step}. The step goes by the tensor's largest
+      entry; where all are near 0, as a bias's may be, by what they are added to, which is not so small. */
   function difference(key, index, only = null) {
     const { array, strides } = study.tensor(key);
     const at = index.reduce((sum, i, axis) => sum + i * strides[axis], 0);
-    const step = 1e-5 * (array.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1);
+    const step = 1e-5 * array.reduce((most, x) => Math.max(most, Math.abs(x)), 0.1);
     const [up, down] = [1, -1].map((sign) => {
       const moved = Float64Array.from(array);
       moved[at] += sign * step;
@@ -281,9 +282,10 @@ study.equations = (() => {
       const a = build(parts[0], at, goals[0]);
       if (kind === "*" && a.zero) return a; // and so is what only multiplies a zero
       const b = build(parts[1], at, goals[1]);
-      const binding = BINDING[kind] ?? 0;
-      const sign = { "*": " · ", "**": "^", "-": " − ", "==": " = ", "!=": " ≠ ", "<=": " ≤ ", ">=": " ≥ " }[kind] ?? ` ${kind} `;
       const value = a.value === undefined || b.value === undefined ? undefined : operate(kind, a.value, b.value);
+      const sign = { "*": " · ", "**": "^", "-": " − ", "==": " = ", "!=": " ≠ ", "<=": " ≤ ", ">=": " ≥ " }[kind] ?? ` ${kind} `;
+      if (COMPARISONS.has(kind)) return { value, parts: ["[", ...inside(a, 1), sign, ...inside(b, 1), "]"], binding: ATOM };
+      const binding = BINDING[kind];
       return { value, parts: [...inside(a, binding), sign, ...inside(b, binding + (kind !== "+" && kind !== "*"))], binding };
     }
 

@@ -32,7 +32,7 @@ study.path = (() => {
     const cut = shown.some((n, axis) => n < shape[axis]);
     const element = el("div", { class: "tensor", "data-key": key, "data-local": local });
     const size = `${shape.length ? shape.join(" × ") : "one number"}${letters.some(Boolean) ? `  ${letters.map((letter) => letter || "·").join(" ")}` : ""}`;
-    element.append(el("div", { class: "label" }, el("b", {}, local), el("span", { class: "shape" }, size), cut ? el("span", { class: "cut", title: `${shown.join(" × ")} of it are on this page` }, "cut") : null));
+    element.append(el("div", { class: "label" }, el("b", {}, local), el("span", { class: "shape" }, size), array.length === 1 ? el("span", { class: "mono" }, study.number(array[0], 6)) : null, cut ? el("span", { class: "cut", title: `${shown.join(" × ")} of it are on this page` }, "cut") : null));
     parent.append(element);
     if (!array.length) return;
 
@@ -75,12 +75,9 @@ study.path = (() => {
     const cell = (place) => [rank > 1 ? place[rank - 2] : 0, rank > 0 ? place[rank - 1] : 0];
     /** Outlines and selection as they are to be now. */
     function decorate() {
-      for (const kind of [1, 2]) {
-        const places = marked.lit.get(kind)?.get(key) ?? [];
-        map.highlight(places.filter(here).map(cell), kind);
-      }
+      const cells = (kind) => (marked.lit.get(kind)?.get(key) ?? []).filter(here).map(cell);
       const selected = (marked.key === key || marked.also === key) && here(marked.index);
-      map.select(...(selected ? cell(marked.index) : []));
+      map.mark(cells(1), cells(2), selected ? cell(marked.index) : null);
     }
     /** Turn to where something is to be seen, if it is not where the view is. */
     function follow() {
@@ -106,6 +103,11 @@ study.path = (() => {
   }
 
   // One station.
+
+  /** A formula that is too wide is set somewhat smaller; what is still too wide scrolls. */
+  function fit(row) {
+    if (row.scrollWidth > row.clientWidth) row.style.fontSize = `${Math.max(0.76, row.clientWidth / row.scrollWidth)}em`;
+  }
 
   function body(station, parent) {
     const { wires } = station;
@@ -139,6 +141,7 @@ study.path = (() => {
       control.set(value);
     });
     parent.append(bar, columns);
+    for (const row of columns.querySelectorAll(".formula")) fit(row);
     for (const { column, groups } of [forward, backward]) {
       for (const [title, names] of groups) {
         if (!names.length) continue;
@@ -228,11 +231,25 @@ study.path = (() => {
     return found;
   }
 
+  /** Scroll to an element, and again while what comes near the window is drawn and moves it. */
+  let settling = 0;
+  function settle(target, block, frames = 14) {
+    cancelAnimationFrame(settling);
+    target.scrollIntoView({ block });
+    const before = target.getBoundingClientRect().top;
+    const again = (left) => {
+      if (Math.abs(target.getBoundingClientRect().top - before) > 2) target.scrollIntoView({ block });
+      if (left) settling = requestAnimationFrame(() => again(left - 1));
+    };
+    again(frames);
+  }
+  for (const name of ["wheel", "touchstart", "pointerdown", "keydown"]) addEventListener(name, () => cancelAnimationFrame(settling), { passive: true });
+
   /** Go to a station. */
   function go(name) {
     study.draw("path");
     if (!elements.has(name)) return false;
-    unfold(name).scrollIntoView({ block: "start" });
+    settle(unfold(name), "start");
     history.replaceState(null, "", `#${name}`);
     return true;
   }
@@ -251,7 +268,7 @@ study.path = (() => {
     if (!found.element.offsetParent) columns.dataset.show = "both";
     const box = found.element.getBoundingClientRect();
     const bottom = matchMedia("(max-width: 62rem)").matches ? innerHeight * 0.45 : innerHeight;
-    if (box.top < 0 || Math.min(box.bottom, box.top + 160) > bottom) found.element.scrollIntoView({ block: bottom < innerHeight ? "start" : "center" });
+    if (box.top < 0 || Math.min(box.bottom, box.top + 160) > bottom) settle(found.element, bottom < innerHeight ? "start" : "center");
   }
 
   /** Follow the address: an element, a station, or neither. */
@@ -373,7 +390,7 @@ study.path = (() => {
   if (graph.stations.length) {
     study.section({
       id: "path", order: 0, own: true, title: "The path of the numbers",
-      blurb: "Every operation of the model in order, with what went in, what came out, and what came back. Nothing here is an illustration: these are the engine’s own numbers, all of them.",
+      blurb: `Every operation of the model in order, with what went in, what came out, and what came back. Nothing here is an illustration: these are the engine’s own numbers${study.data.complete ? ", all of them" : ""}.`,
       render,
     });
     search();
@@ -381,5 +398,5 @@ study.path = (() => {
     setTimeout(follow); // when all scripts have run
   }
 
-  return { mark, go, reveal, views, unfold };
+  return { mark, go, reveal, views, unfold, fit };
 })();
