@@ -101,7 +101,7 @@ study.section({
       formulas.textContent = FORMULAS[pass].join("\n");
       map.replaceChildren();
       matrix = drawn(map, pass, {
-        values: new Float64Array(T * T), rows: T, columns: T, rowLabels: tokens, columnLabels: tokens, rowTitle: "query", columnTitle: "key",
+        cell: Math.max(8, Math.min(16, Math.floor((element.clientWidth - 40) / T))), values: new Float64Array(T * T), rows: T, columns: T, rowLabels: tokens, columnLabels: tokens, rowTitle: "query", columnTitle: "key",
         diverging: pass !== "forward", max: pass === "forward" ? 1 : largest(), title: pass === "forward" ? "weights as they are so far" : "ds, tile by tile",
       });
       go(0);
