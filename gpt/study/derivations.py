@@ -161,7 +161,7 @@ def attention(a: Arguments) -> Derivation:
         scores[b,h,t,s] = scale * sum(d, q[b,h,t,d] * k[b,{key},s,d])
         m[b,h,t] = max(s, {"where(s <= t + past, scores[b,h,t,s], -1e300)" if seen else "scores[b,h,t,s]"})
         z[b,h,t] = sum(s, {seen}exp(scores[b,h,t,s] - m[b,h,t]))
-        p[b,h,t,s] = {seen}exp(scores[b,h,t,s] - m[b,h,t]) / z[b,h,t]
+        p[b,h,t,s] = {seen}(exp(scores[b,h,t,s] - m[b,h,t]) / z[b,h,t])
         {"dropped[b,h,t,s] = p[b,h,t,s] * keep[b,h,t,s] / (1 - rate)" * drops}
         y[b,h,t,d] = sum(s, {used}[b,h,t,s] * v[b,{key},s,d])
         """,
@@ -241,12 +241,13 @@ def lora(a: Arguments) -> Derivation:
 def cross_entropy(a: Arguments) -> Derivation:
     counted = a["targets"] != a.get("ignore_index", -100)
     some = not counted.all()
+    one = "log(z[b,t]) - (logits[b,t,targets[b,t]] - m[b,t])"
     return _derivation(
         f"""
         m[b,t] = max(v, logits[b,t,v])
         z[b,t] = sum(v, exp(logits[b,t,v] - m[b,t]))
-        losses[b,t] = log(z[b,t]) - (logits[b,t,targets[b,t]] - m[b,t])
-        loss = sum(b, t, {"counted[b,t] * " * some}losses[b,t]) / N
+        losses[b,t] = {f"counted[b,t] * ({one})" if some else one}
+        loss = sum(b, t, losses[b,t]) / N
         """,
         f"""
         p[b,t,v] = exp(logits[b,t,v] - m[b,t]) / z[b,t]
