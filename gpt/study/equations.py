@@ -231,7 +231,7 @@ def _spell(
     sizes: Mapping[str, int],
     form: tuple[int, int],
     read: dict[str, list[tuple[int, ...]]],
-) -> tuple[float, str, int]:
+) -> tuple[float, str, float]:
     """Value, text in numbers, and how strongly the text's outermost operation binds."""
     kind, *parts = tree
     if kind == "number":
@@ -270,14 +270,16 @@ def _spell(
         spelled = [_spell(part, values, at, sizes, form, read) for part in parts]
     if kind in FUNCTIONS:
         return float(FUNCTIONS[kind](np.float64(spelled[0][0]))), f"{kind}({spelled[0][1]})", ATOM
+    if kind in COMPARISONS:
+        holds = int(COMPUTE[kind](spelled[0][0], spelled[1][0]))
+        return holds, str(holds), ATOM
     if kind == "neg":
         return -spelled[0][0], f"-{_inside(spelled[0], 2)}", BINDING["neg"]
     (a, b), binding = spelled, BINDING[kind]
     with np.errstate(all="ignore"):
         value = float(COMPUTE[kind](np.float64(a[0]), np.float64(b[0])))
     sign = {"*": "·", "**": "^"}.get(kind, kind)
-    left = binding + (kind == "**" or kind in COMPARISONS)
-    text = f"{_inside(a, left)} {sign} {_inside(b, binding + (kind not in '+*'))}"
+    text = f"{_inside(a, binding + (kind == '**'))} {sign} {_inside(b, binding + (kind not in '+*'))}"
     return value, text.replace(" ^ ", "^") if kind == "**" else text, binding
 
 
@@ -290,7 +292,7 @@ def _spell_reduction(
     sizes: Mapping[str, int],
     form: tuple[int, int],
     read: dict[str, list[tuple[int, ...]]],
-) -> tuple[float, str, int]:
+) -> tuple[float, str, float]:
     terms = []
     for place in np.ndindex(*(sizes[letter] for letter in letters)):
         here = {**at, **dict(zip(letters, place, strict=True))}
@@ -314,7 +316,7 @@ def _sum(numbers: list[float]) -> float:
     return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
 
 
-def _inside(part: tuple[float, str, int], binding: int) -> str:
+def _inside(part: tuple[float, str, float], binding: float) -> str:
     """A part's text, in parentheses where it binds less than what stands around it."""
     negative = part[1].startswith("-") and binding > 1
     return f"({part[1]})" if part[2] < binding or negative else part[1]

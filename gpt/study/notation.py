@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-__all__ = ["ATOM", "BINDING", "COMPARISONS", "Form", "LaTeX", "MathML", "Plain", "write"]
+__all__ = ["ATOM", "BINDING", "COMPARISONS", "SYMBOLS", "Form", "LaTeX", "MathML", "Plain", "write"]
 
 Tree = list[Any]
 
@@ -15,7 +15,7 @@ COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 FUNCTIONS = ("exp", "log", "sqrt", "tanh", "cdf")
 # How strongly an operation holds its operands together. Between + and *: a sum sign, whose end is open, and what
 # Python would read as strongly as * but no reader of "2 * d % 2" does.
-BINDING = {"+": 1, "-": 1, "%": 1.2, "//": 1.2, "*": 2, "/": 2, "neg": 2, "**": 3} | dict.fromkeys(COMPARISONS, 0)
+BINDING = {"+": 1, "-": 1, "%": 1.2, "//": 1.2, "*": 2, "/": 2, "neg": 2, "**": 3}
 OPEN, ATOM = 1.5, 4
 SYMBOLS = {"eps": "ε", "alpha": "α", "beta": "β", "kappa": "κ", "delta": "δ", "ddelta": "dδ", "pi": "π"}
 
