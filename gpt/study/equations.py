@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt.study.notation import ATOM, BINDING, COMPARISONS, LaTeX, MathML, Plain, write
+from gpt.study.notation import ATOM, BINDING, COMPARISONS, LaTeX, MathML, Plain, Source, write
 from reference.gelu import normal_cdf
 
 __all__ = ["Equation", "Spelled"]
@@ -132,6 +132,10 @@ class Equation:
         at = dict(zip(self.indices, index, strict=True))
         spelled.value, spelled.text, _ = _spell(self.tree, values, at, sizes, (terms, digits), spelled.read)
         return spelled
+
+    def with_tree(self, tree: Tree) -> Equation:
+        """The equation of the same tensor with another right side."""
+        return Equation(f"{write(self._sides[0], Source())} = {write(tree, Source())}")
 
     @cached_property
     def mathml(self) -> str:

@@ -26,9 +26,9 @@ from reference.gradcheck import numeric_gradient
 __all__ = ["NAMES", "Check", "checks", "problem", "show", "station", "step_of"]
 
 NAMES = tuple(name for name, row in ops.ROWS.items() if row.layer in DERIVATIONS)
-# Of a row's or else a layer's case, as `ops` draws it: few numbers, and of one layer no two axes of the same size.
+# Of a row's or else a layer's case, as `ops` draws it: few numbers, and axes of different sizes; ids that repeat.
 SIZES = {
-    "embedding": (7, 5, 2, 3), "linear": (4, 2, 3, 5), "layer_norm": (2, 3, 5), "rms_norm": (2, 3, 5),
+    "embedding": (5, 7, 3, 4), "linear": (4, 2, 3, 5), "layer_norm": (2, 3, 5), "rms_norm": (2, 3, 5),
     "rope": (2, 3, 5, 4), "swiglu": (2, 3, 5), "gelu": (2, 3, 5), "dropout": (2, 3, 5), "lora": (6, 4, 2, 3, 5),
     "attention": (2, 3, 3, 5, 5, 7), "attention-full": (2, 3, 3, 4, 5, 7), "attention-past": (2, 3, 3, 4, 5, 7),
     "attention-grouped": (2, 6, 3, 5, 5, 7), "cross_entropy": (2, 5, 7), "token_logps": (2, 5, 7), "dpo": (5,),

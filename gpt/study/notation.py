@@ -1,4 +1,4 @@
-"""Equations set on paper: as MathML for a page, as LaTeX for a document, as plain text for a terminal.
+"""Equations written down: as MathML for a page, LaTeX for a document, plain text for a terminal, and as their own text.
 
 Each form says how a part is written; where parentheses are needed is decided once, for all of them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-__all__ = ["ATOM", "BINDING", "COMPARISONS", "SYMBOLS", "Form", "LaTeX", "MathML", "Plain", "write"]
+__all__ = ["ATOM", "BINDING", "COMPARISONS", "SYMBOLS", "Form", "LaTeX", "MathML", "Plain", "Source", "write"]
 
 Tree = list[Any]
 
@@ -273,6 +273,46 @@ class Plain(Form):
 
     def floor(self, a: str, b: str) -> str:
         return f"⌊{a} / {b}⌋"
+
+    def parentheses(self, text: str) -> str:
+        return f"({text})"
+
+
+class Source(Form):
+    """As `equations.Equation` reads it."""
+
+    stacks = False
+    infinity = "1e300"
+    minus = "-"
+    function_binding: ClassVar[dict[str, float]] = {}
+    signs: ClassVar[dict[str, str]] = {sign: f" {sign} " for sign in ("+", "-", "*", "/", "%", *COMPARISONS)}
+
+    def number(self, text: str) -> str:
+        return text
+
+    def name(self, name: str) -> str:
+        return name
+
+    def tensor(self, name: str, indices: list[str]) -> str:
+        return f"{name}[{','.join(indices)}]"
+
+    def reduction(self, kind: str, letters: list[str], over: str) -> str:
+        return f"{kind}({', '.join([*letters, over])})"
+
+    def cases(self, condition: str, a: str, b: str) -> str:
+        return f"where({condition}, {a}, {b})"
+
+    def function(self, name: str, of: str) -> str:
+        return f"{name}({of})"
+
+    def condition(self, text: str) -> str:
+        return f"({text})"
+
+    def power(self, base: str, exponent: str) -> str:
+        return f"{base}**{exponent}"
+
+    def floor(self, a: str, b: str) -> str:
+        return f"({a} // {b})"
 
     def parentheses(self, text: str) -> str:
         return f"({text})"

@@ -190,19 +190,22 @@ def render_comparison(comparison: Comparison, width: int = 0) -> str:
     lines += [f"  {note}" for note in comparison.notes]
     rows = [["tensor", "expected shape", "largest difference", "where", "yours", "expected", ""]]
     for tensor in comparison.tensors:
-        index = tensor.where
-        at = ["", "", ""]
-        if index is not None and not tensor.right:
+        error, *at = "", "", "", ""
+        if tensor.comparable:
+            error = f"{tensor.error:.1e}"
+        elif tensor.theirs is not None:
+            error = f"{shape_text(tensor.theirs.shape)} came"
+        if tensor.comparable and tensor.theirs is not None and not tensor.right:
+            index = tensor.where
             at = [element(tensor.name, index), *(_number(a[index], 6) for a in (tensor.theirs, tensor.ours))]
-        error = "" if tensor.error is None else f"{tensor.error:.1e}"
         rows.append([tensor.name, shape_text(tensor.ours.shape), error, *at, tensor.verdict])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["", *("  " + "  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)]
     wrong = comparison.first_wrong
-    if wrong is not None:
+    if wrong is not None and wrong.theirs is not None:
         blocks = [array_lines("expected", wrong.ours), array_lines("yours", wrong.theirs)]
-        if wrong.theirs.shape == wrong.ours.shape:
-            blocks.append(array_lines("yours − expected", wrong.theirs - wrong.ours))
+        if wrong.comparable:
+            blocks.append(array_lines("yours − expected", wrong.difference))
         lines += ["", wrong.name, *side_by_side(blocks, width)]
         if comparison.spelled:
             lines += ["", f"  {comparison.spelled}"]
