@@ -8,8 +8,10 @@ are neither 0, nor 1, nor small, and a random gradient that arrives.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +19,14 @@ from gpt.errors import UserError
 from gpt.options import did_you_mean
 from gpt.parity import ops
 from gpt.parity.laws import DIFFERENCES, relative
-from gpt.parity.ops import Case, Problem, Row
+from gpt.parity.ops import Case, Problem
 from gpt.parity.subjects import as_tuple
 from gpt.study.derivations import DERIVATIONS
-from gpt.study.record import Operation, Step, layer_of
+from gpt.study.record import Operation, Recording, Step, layer_of
+from reference.config import GPTConfig
 from reference.gradcheck import numeric_gradient
 
-__all__ = ["NAMES", "Check", "checks", "problem", "show", "station", "step_of"]
+__all__ = ["NAMES", "Check", "checks", "page_data", "problem", "show", "station", "step_of"]
 
 NAMES = tuple(name for name, row in ops.ROWS.items() if row.layer in DERIVATIONS)
 # Of a row's or else a layer's case, as `ops` draws it: few numbers, and axes of different sizes; ids that repeat.
@@ -114,29 +117,80 @@ def _laws(given: Problem) -> Iterator[Check]:
             yield Check("laws", what, error, bound)
 
 
-def row_of(name: str) -> Row:
-    """The operator of this name."""
-    return problem(name).row
-
-
-def show(name: str, yours: str = "", seed: int = 0, out: str = "") -> int:
+def show(name: str, yours: str = "", seed: int = 1, out: str = "") -> int:
     """Print a layer's formulas, numbers and checks; or hold the FILE.py `yours` against it. Returns the exit status.
 
     With `out`, a page about the layer is written instead. UserError for an unknown name, or a file that is of no use.
     """
     from gpt.study import terminal
-    from gpt.study import yours as theirs
 
     given = problem(name, seed)
     if yours:
-        comparison = theirs.compare(given, yours)
+        from gpt.study.yours import compare
+
+        comparison = compare(given, yours)
         terminal.write_out(terminal.render_comparison(comparison))
         return 0 if comparison.right else 1
     measured = checks(given)
     if out:
-        from gpt.study.report import write_layer
+        from gpt.study import page, report
 
-        write_layer(out, step_of(given), measured)
+        data = page_data(given, measured)
+        page.write(Path(out), data["title"], data, report.SCRIPTS)
+        print(f"{out}  open it in a browser")
     else:
         terminal.write_out(terminal.render_layer(step_of(given), measured))
     return 0 if all(check.passed for check in measured) else 1
+
+
+def page_data(given: Problem, measured: Sequence[Check]) -> dict[str, Any]:
+    """What a page shows of a layer alone: a report's data with one station, all of whose gradients are proved."""
+    from gpt.study import report
+
+    step = step_of(given)
+    arrays = {name: value for name, value in step.arguments.items() if isinstance(value, np.ndarray)}
+    contributions = {name: [(step.name, name, gradient)] for name, gradient in step.gradients.items()}
+    recording = Recording(
+        GPTConfig(vocab_size=1, context_length=1, emb_dim=1, n_layers=1, n_heads=1),  # of no model
+        [step],
+        arrays | {step.name: step.y},
+        step.gradients | {step.name: step.dy},
+        contributions,
+    )
+    tensors: dict[str, dict[str, Any]] = {}
+    limit = max(max(np.shape(value), default=1) for value in step.values.values())
+    station = report.station(step, recording, tensors, limit)
+    station["proofs"] = [_proof(given, step, name) for name in step.gradients]
+    station["laws"] = [
+        {"name": c.what, "error": c.error, "bound": c.bound, "passed": c.passed, "doc": ""}
+        for c in measured
+        if c.kind == "laws"
+    ]
+    return {
+        "title": f"{step.name}, forward and backward",
+        "text": "",
+        "notes": ["One layer alone, on random arguments."],
+        "model": {name: "×".join(map(str, value.shape)) for name, value in arrays.items()},
+        "tokens": [],
+        "targets": [],
+        "vocabulary": [],
+        "loss": given.weighed([step.y]),
+        "checked": {"tensors": len(step.gradients) + 1, "different": []},
+        "complete": True,
+        "tensors": tensors,
+        "stations": [station],
+        "contributions": {},
+        "sections": {},
+    }
+
+
+def _proof(given: Problem, step: Step, name: str) -> dict[str, Any]:
+    """The largest element of a gradient, by hand and by central differences."""
+    gradient = step.gradients[name]
+    index = tuple(map(int, np.unravel_index(np.argmax(np.abs(gradient)), gradient.shape)))
+    f = functools.partial(weighed, given, name)
+    differences = float(numeric_gradient(f, given.arguments[name], given.step(), [index])[index])
+    by_hand = float(gradient[index])
+    error = relative(by_hand - differences, given.size(f"d{name}", gradient))
+    return {"tensor": name, "index": index, "by_hand": by_hand, "differences": differences, "error": error,
+            "bound": DIFFERENCES}  # fmt: skip

@@ -134,13 +134,12 @@ def _checks(checks: Sequence[Check]) -> list[str]:
     return lines
 
 
-def array_lines(name: str, array: np.ndarray, digits: int = 4) -> list[str]:
-    """A name with its shape, and below it the array's first matrix, cut where it is large."""
+def array_lines(name: str, array: np.ndarray, at: tuple[int, ...] = (), digits: int = 4) -> list[str]:
+    """A name with its shape, and below it the array's first matrix, or the one `at` a place, cut where it is large."""
     array = np.asarray(array)
-    leading = array.shape[:-2]
-    matrix = array[(0,) * len(leading)] if leading else array
-    where = f"[{','.join('0' for _ in leading)}]" if leading else ""
-    head = f"{name}{where} {shape_text(array.shape)}" if array.ndim else name
+    at = at or (0,) * len(array.shape[:-2])
+    matrix = array[at]
+    head = f"{element(name, at)} {shape_text(array.shape)}" if array.ndim else name
     rows = matrix.reshape(1, -1) if matrix.ndim < 2 else matrix
     cells = [[_number(x, digits) for x in row[:MOST_COLUMNS]] for row in rows[:MOST_ROWS]]
     width = max((len(cell) for row in cells for cell in row), default=0)
@@ -203,9 +202,10 @@ def render_comparison(comparison: Comparison, width: int = 0) -> str:
     lines += ["", *("  " + "  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)]
     wrong = comparison.first_wrong
     if wrong is not None and wrong.theirs is not None:
-        blocks = [array_lines("expected", wrong.ours), array_lines("yours", wrong.theirs)]
+        matrix = wrong.where[:-2] if wrong.comparable else ()
+        blocks = [array_lines("expected", wrong.ours, matrix), array_lines("yours", wrong.theirs, matrix)]
         if wrong.comparable:
-            blocks.append(array_lines("yours − expected", wrong.difference))
+            blocks.append(array_lines("yours − expected", wrong.difference, matrix))
         lines += ["", wrong.name, *side_by_side(blocks, width)]
         if comparison.spelled:
             lines += ["", f"  {comparison.spelled}"]

@@ -269,7 +269,7 @@ def fits_forward(theirs: Theirs, given: Problem, tensor: Tensor) -> bool:
 
     def weighed(value: np.ndarray) -> float:
         copies = {key: np.array(x) if isinstance(x, np.ndarray) else x for key, x in given.arguments.items()}
-        y, _ = theirs.run_forward({**copies, name: value})
+        y, _ = theirs.run_forward({**copies, name: np.array(value)})
         return float(np.sum(given.upstream()[0] * y))
 
     true = numeric_gradient(weighed, given.arguments[name], given.step())

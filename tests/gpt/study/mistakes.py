@@ -1,6 +1,8 @@
 """Layers as a learner would write them, right, and mistakes to be made in them."""
 
 LINEAR = """
+import numpy as np
+
 def forward(x, weight, bias=None):
     y = x @ weight.T
     if bias is not None:
@@ -169,7 +171,8 @@ RIGHT = {
 
 # The layer, what is replaced by what, and what the report must then say.
 MISTAKES = (
-    ("linear", "@ x.reshape(-1, x.shape[-1])", "@ x.reshape(-1, x.shape[-1])).T\n    dweight = (dweight",
+    ("linear", "dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])",
+     "x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])",
      "dweight is transposed: its axes are c, o, expected o, c"),
     ("linear", "dbias = dy.sum(axis=(0, 1))", "dbias = dy.sum(axis=0)", "summed over axis 0, it is right"),
     ("linear", "dbias = dy.sum(axis=(0, 1))", "dbias = dy", "summed over axes 0 and 1, it is right"),
