@@ -23,6 +23,8 @@ class StudyConfig:
     """One layer alone, such as layer_norm or attention-grouped: in the terminal, or with out as a page."""
     yours: str | None = None
     """With layer: FILE.py with your own forward and backward, held against the layer's."""
+    text_only: bool = False
+    """With layer: in the terminal, though there is an out."""
     out: str | None = None
     """The page [report.html]."""
     steps: int = 30
@@ -38,7 +40,7 @@ def study(config: StudyConfig) -> int:
     if config.layer is not None:
         from gpt.study.layer import show
 
-        return show(config.layer, config.yours or "", config.seed, config.out or "")
+        return show(config.layer, config.yours or "", config.seed, "" if config.text_only else config.out or "")
     if config.yours is not None:
         raise UserError("yours: a file of your own is held against a layer, expected --layer NAME beside it")
     from gpt.study.report import write_report

@@ -12,6 +12,7 @@ d channel of a head, v word of the vocabulary, r rank, p pair of answers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,6 +199,17 @@ def gelu(a: Arguments) -> Derivation:
     )
 
 
+def bias_gelu(a: Arguments) -> Derivation:
+    """GELU's equations of the sum."""
+    inner = gelu(a)
+    forward, backward = (
+        tuple(Equation(re.sub(r"\bx\[", "s[", equation.text)) for equation in part)
+        for part in (inner.forward, inner.backward)
+    )
+    first, last = Equation("s[b,t,c] = x[b,t,c] + bias[c]"), Equation("dbias[c] = sum(b, t, dx[b,t,c])")
+    return Derivation((first, *forward), (*backward, last), inner.constants)
+
+
 def swiglu(a: Arguments) -> Derivation:
     return _derivation(
         """
@@ -256,6 +268,19 @@ def cross_entropy(a: Arguments) -> Derivation:
         N=max(1, int(counted.sum())),
         **({"counted": counted.astype(a["logits"].dtype)} if some else {}),
     )
+
+
+def linear_cross_entropy(a: Arguments) -> Derivation:
+    """Cross entropy's equations, between those of a linear layer. All logits at once, which the layer avoids."""
+    bias = a.get("bias") is not None
+    loss = cross_entropy({**a, "logits": a["x"]})
+    first = Equation(f"logits[b,t,v] = sum(c, x[b,t,c] * weight[v,c]){' + bias[v]' * bias}")
+    last = [
+        Equation("dx[b,t,c] = sum(v, dlogits[b,t,v] * weight[v,c])"),
+        Equation("dweight[v,c] = sum(b, t, dlogits[b,t,v] * x[b,t,c])"),
+        *[Equation("dbias[v] = sum(b, t, dlogits[b,t,v])")] * bias,
+    ]
+    return Derivation((first, *loss.forward), (*loss.backward, *last), loss.constants)
 
 
 def token_logps(a: Arguments) -> Derivation:
@@ -335,7 +360,8 @@ def add(a: Arguments) -> Derivation:
 DERIVATIONS: dict[str, Callable[[Arguments], Derivation]] = {
     function.__name__: function
     for function in (
-        embedding, linear, layer_norm, rms_norm, rope, attention, gelu, swiglu, dropout, lora, cross_entropy,
-        token_logps, dpo, orpo, split_heads, join_heads, add,
+        embedding, linear, layer_norm, rms_norm, rope, attention, gelu, bias_gelu, swiglu, dropout, lora, cross_entropy,
+        linear_cross_entropy, token_logps, dpo, orpo, split_heads, join_heads, add,
     )
 }  # fmt: skip
+DERIVATIONS["flash_attention"] = attention  # another order of the same sums

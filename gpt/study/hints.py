@@ -23,7 +23,7 @@ from gpt.study.equations import Equation
 from gpt.study.notation import Plain, write
 from gpt.study.record import Step, layer_of
 
-__all__ = ["explain", "known_mistakes", "layer_of", "same"]
+__all__ = ["explain", "known_mistakes", "layer_of", "recomputed", "same"]
 
 CLOSE = 1e-9  # of the largest entry, in float64: not the rounding, the algebra is looked at
 SINGLE = 1e-5
@@ -240,7 +240,7 @@ def _changed(step: Step, equation: Equation, theirs: Mapping[str, np.ndarray]) -
     """The change, of one equation or of a part wherever it stands, that explains most of what is wrong."""
     best: tuple[int, list[str]] = (0, [])
     for words, changed in _candidates(step, equation):
-        values = _recomputed(step, changed, {*theirs})
+        values = recomputed(step, changed, {*theirs})
         if equation.tensor not in values or not same(theirs[equation.tensor], values[equation.tensor]):
             continue
         explained = sum(name in values and same(array, values[name]) for name, array in theirs.items())
@@ -264,7 +264,7 @@ def _candidates(step: Step, equation: Equation) -> Iterator[tuple[str, dict[str,
     yield from everywhere(step)
 
 
-def _recomputed(step: Step, changed: Mapping[str, Equation], wanted: set[str]) -> dict[str, np.ndarray]:
+def recomputed(step: Step, changed: Mapping[str, Equation], wanted: set[str]) -> dict[str, np.ndarray]:
     """The wanted tensors after equations have changed, of those that depend on them."""
     values, found = dict(step.values), dict[str, np.ndarray]()
     for equation in (*step.derivation.forward, *step.derivation.backward):

@@ -32,18 +32,18 @@ NAMES = tuple(name for name, row in ops.ROWS.items() if row.layer in DERIVATIONS
 # Of a row's or else a layer's case, as `ops` draws it: few numbers, and axes of different sizes; ids that repeat.
 SIZES = {
     "embedding": (5, 7, 3, 4), "linear": (4, 2, 3, 5), "layer_norm": (2, 3, 5), "rms_norm": (2, 3, 5),
-    "rope": (2, 3, 5, 4), "swiglu": (2, 3, 5), "gelu": (2, 3, 5), "dropout": (2, 3, 5), "lora": (6, 4, 2, 3, 5),
+    "rope": (2, 3, 5, 4), "swiglu": (2, 3, 5), "gelu": (2, 3, 5), "bias_gelu": (2, 3, 5), "dropout": (2, 3, 5),
     "attention": (2, 3, 3, 5, 5, 7), "attention-full": (2, 3, 3, 4, 5, 7), "attention-past": (2, 3, 3, 4, 5, 7),
-    "attention-grouped": (2, 6, 3, 5, 5, 7), "cross_entropy": (2, 5, 7), "token_logps": (2, 5, 7), "dpo": (5,),
-    "orpo": (5,),
+    "attention-grouped": (2, 6, 3, 5, 5, 7), "flash_attention": (1, 2, 2, 3, 4, 5), "cross_entropy": (2, 5, 7),
+    "linear_cross_entropy": (7, 2, 5, 3), "token_logps": (2, 5, 7), "lora": (6, 4, 2, 3, 5), "dpo": (5,), "orpo": (5,),
 }  # fmt: skip
 
 
 def problem(name: str, seed: int = 0) -> Problem:
     """The arguments of a layer and the gradient that arrives, the same ones for a seed. UserError for another name."""
     if name not in NAMES:
-        fused = f", {name} is two of them in one" if name in ops.ROWS else did_you_mean(name, NAMES)
-        raise UserError(f"layer: expected one of {', '.join(NAMES)}; got {name!r}{fused}")
+        close = "" if name in ops.ROWS else did_you_mean(name, NAMES)
+        raise UserError(f"layer: expected one of {', '.join(NAMES)}, got {name!r}{close}")
     row = ops.ROWS[name]
     return row.problem(Case(SIZES.get(name) or SIZES[row.layer]), number=seed)
 
@@ -160,6 +160,7 @@ def page_data(given: Problem, measured: Sequence[Check]) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     limit = max(max(np.shape(value), default=1) for value in step.values.values())
     station = report.station(step, recording, tensors, limit)
+    station["title"] = step.name.replace("_", " ").capitalize()
     station["proofs"] = [_proof(given, step, name) for name in step.gradients]
     station["laws"] = [
         {"name": c.what, "error": c.error, "bound": c.bound, "passed": c.passed, "doc": ""}

@@ -10,7 +10,8 @@ import pytest
 
 from gpt.errors import UserError
 from gpt.parity import ops
-from gpt.study import layer, terminal
+from gpt.study import hints, layer, terminal
+from gpt.study.changes import changes
 from gpt.study.yours import compare
 from tests.gpt.study.mistakes import ATTENTION, LAYER_NORM, LINEAR, MISTAKES, RIGHT
 
@@ -97,7 +98,7 @@ def test_a_failed_check_is_status_1(monkeypatch, capsys):
     "name, message",
     [
         ("layernorm", "did you mean layer_norm?"),
-        ("bias_gelu", "bias_gelu is two of them in one"),
+        ("add_layer_norm", "got 'add_layer_norm'"),
         ("", "layer: expected one of embedding"),
     ],
 )
@@ -288,3 +289,27 @@ def test_out_writes_a_page(tmp_path):
     done = study("--layer", "gelu", "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     assert "gelu, forward and backward" in Path(tmp_path / "page.html").read_text("utf-8")
+    done = study("--layer", "gelu", "--text_only", "--out", tmp_path / "other.html")
+    assert "dx[b,t,c] = dy[b,t,c] · (Φ(x[b,t,c])" in done.stdout
+    assert not Path(tmp_path / "other.html").exists()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention-dropout", "gelu-tanh", "cross_entropy-ignored", "lora"])
+def test_every_change_of_an_equation_is_found_again(name):
+    """Results and gradients of the layer with one thing changed: the hint has found a change that gives the same."""
+    step = layer.station(name, 1)
+    equations = (*step.derivation.forward, *step.derivation.backward)
+    wanted = {step.result, *(f"d{argument}" for argument in step.gradients)}
+    candidates = [found for equation in equations for found in changes(equation, step)]
+    rng, named = np.random.default_rng(0), 0
+    with np.errstate(all="ignore"):
+        for i in rng.choice(len(candidates), 25, replace=False):
+            words, changed = candidates[i]
+            theirs = hints.recomputed(step, {changed.tensor: changed}, wanted)
+            theirs = {n: theirs[n] for n in [e.tensor for e in equations] if n in theirs}
+            theirs = {n: array for n, array in theirs.items() if not hints.same(array, np.asarray(step.values[n]))}
+            if theirs and all(np.isfinite(array).all() for array in theirs.values()):
+                lines = hints.explain(step, next(iter(theirs)), theirs)
+                assert "elements of" not in lines[0], (changed.plain, words, lines)
+                named += 1
+    assert named > 8
