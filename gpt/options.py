@@ -4,7 +4,8 @@
 
 A field is the flag of its name. One in a nested dataclass has a full name, ``--optimizer.lr``, and a short one where no
 other group uses it, ``--lr``. The string below a field is its help. ``--config run.yaml`` is read first, wherever it
-stands, and the other flags over it; ``--print_config`` prints all options as YAML that ``--config`` reads back.
+stands, and the other flags over it; ``--print_config`` prints all options as YAML that ``--config`` reads back. The
+words of a flag may be joined by dashes as well, ``--print-config``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import sys
 import textwrap
 import types
 from collections import Counter
@@ -48,7 +50,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse where a wrong argument is a UserError of one line, and no option may be abbreviated."""
+    """argparse where a wrong argument is a UserError of one line, no option may be abbreviated, and dashes between an
+    option's words are as good as underscores."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **settings})
@@ -57,13 +60,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
+        known, unknown = self.parse_known_args(_underscored(sys.argv[1:] if args is None else args), namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
             kind = "option" if name.startswith("-") else "argument"
             flags = self._option_string_actions if kind == "option" else ()
             raise UserError(f"{self.prog} has no {kind} {name}{did_you_mean(name, flags)}")
         return known
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """The arguments with every option's name spelled as it is declared; values, and what follows "--", as they are."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = []
+    for word in argv[:end]:
+        name, equals, value = word.partition("=")
+        words.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word)
+    return words + list(argv[end:])
 
 
 def run_command(prog: str, commands: Mapping[str, Callable[[list[str]], int | None]], argv: Sequence[str]) -> int:
@@ -92,6 +105,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str], prog: str) -> 
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file of these options, which flags override")
     parser.add_argument("--print_config", action="store_true", help="print all options as YAML, and stop")
+    argv = _underscored(argv)
     _add_flags(parser, config_class, argv)
     flags = vars(parser.parse_args(argv))
     file, print_config = flags.pop("config", None), flags.pop("print_config", False)

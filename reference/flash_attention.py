@@ -99,15 +99,45 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.nda
     return dq, dk, dv
 
 
-# What one program of a kernel does, for the tile that it owns.
+# What one program of a kernel does, for the tile that it owns. Its loop yields what it holds after each step.
 
 
-def _y_lse(launch: Launch, b: int, h: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The result for a tile of queries, (rows, D), and its lse, (rows,): over the keys that they see."""
-    q, v, g = launch.q, launch.v, h // launch.group
-    m = np.full(len(rows), np.finfo(q.dtype).min)  # finite, so that m - m is 0 where no key is seen
-    l = np.zeros(len(rows), q.dtype)  # noqa: E741
-    o = np.zeros((len(rows), q.shape[3]), q.dtype)
+class Forward(NamedTuple):
+    """A step over a tile of keys: what it computed, and the loop's running values after it. `s` is to base 2."""
+
+    columns: np.ndarray  # (columns,)
+    s: np.ndarray  # (rows, columns)
+    p: np.ndarray  # (rows, columns), beside the largest score so far
+    shrink: np.ndarray  # (rows,): what all that came before is multiplied by
+    m: np.ndarray  # (rows,)
+    l: np.ndarray  # noqa: E741, (rows,)
+    o: np.ndarray  # (rows, D)
+
+
+class BackwardQueries(NamedTuple):
+    """A step over a tile of keys, and the sum so far, which lacks its scale."""
+
+    columns: np.ndarray  # (columns,)
+    kept: np.ndarray  # (rows, columns)
+    ds: np.ndarray  # (rows, columns)
+    dq: np.ndarray  # (rows, D)
+
+
+class BackwardKeys(NamedTuple):
+    """A step over a tile of queries of one head, and the sums so far, which lack their scale and factor."""
+
+    h: int
+    rows: np.ndarray  # (rows,)
+    kept: np.ndarray  # (rows, columns)
+    ds: np.ndarray  # (rows, columns)
+    dk: np.ndarray  # (columns, D)
+    dv: np.ndarray  # (columns, D)
+
+
+def forward_steps(launch: Launch, b: int, h: int, rows: np.ndarray) -> Iterator[Forward]:
+    """The loop of a tile of queries over the keys that they see."""
+    v, g = launch.v, h // launch.group
+    m, l, o = _before(launch, rows)  # noqa: E741
     for columns in _tiles(0, _seen(launch, rows), launch.block_k):
         s = _scores(launch, b, h, rows, columns)
         larger = np.maximum(m, s.max(axis=1))
@@ -116,6 +146,48 @@ def _y_lse(launch: Launch, b: int, h: int, rows: np.ndarray) -> tuple[np.ndarray
         l = l * shrink + p.sum(axis=1)  # noqa: E741
         o = o * shrink[:, None] + _kept(launch, p, b, h, rows, columns) @ v[b, g, columns]
         m = larger
+        yield Forward(columns, s, p, shrink, m, l, o)
+
+
+def backward_queries_steps(
+    launch: Launch, dy: np.ndarray, lse: np.ndarray, delta: np.ndarray, b: int, h: int, rows: np.ndarray
+) -> Iterator[BackwardQueries]:
+    """The loop of a tile of queries over the keys that they see, once more."""
+    k, g = launch.k, h // launch.group
+    dq = np.zeros((len(rows), k.shape[3]), k.dtype)
+    for columns in _tiles(0, _seen(launch, rows), launch.block_k):
+        kept, ds = _softmax_backward(launch, dy, lse, delta, b, h, rows, columns)
+        dq = dq + ds @ k[b, g, columns]
+        yield BackwardQueries(columns, kept, ds, dq)
+
+
+def backward_keys_steps(
+    launch: Launch, dy: np.ndarray, lse: np.ndarray, delta: np.ndarray, b: int, g: int, columns: np.ndarray
+) -> Iterator[BackwardKeys]:
+    """The loop of a tile of keys and values over the group's heads and, in each, the queries that see one of them."""
+    q = launch.q
+    dk, dv = np.zeros((2, len(columns), q.shape[3]), q.dtype)
+    first = max(0, columns[0] - launch.past) // launch.block_q * launch.block_q if launch.causal else 0
+    for h in range(g * launch.group, (g + 1) * launch.group):
+        for rows in _tiles(first, q.shape[2], launch.block_q):
+            kept, ds = _softmax_backward(launch, dy, lse, delta, b, h, rows, columns)
+            dv = dv + kept.T @ dy[b, h, rows]
+            dk = dk + ds.T @ q[b, h, rows]
+            yield BackwardKeys(h, rows, kept, ds, dk, dv)
+
+
+def _before(launch: Launch, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """m, l and o before the first key. m is finite, so that m - m is 0 where no key is seen."""
+    dtype = launch.q.dtype
+    smallest = np.full(len(rows), np.finfo(dtype).min)
+    return smallest, np.zeros(len(rows), dtype), np.zeros((len(rows), launch.q.shape[3]), dtype)
+
+
+def _y_lse(launch: Launch, b: int, h: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The result for a tile of queries, (rows, D), and its lse, (rows,)."""
+    m, l, o = _before(launch, rows)  # noqa: E741
+    for step in forward_steps(launch, b, h, rows):
+        m, l, o = step.m, step.l, step.o  # noqa: E741
     l = np.where(l > 0, l, 1)  # noqa: E741
     return o * (launch.factor / l)[:, None], m + np.log2(l)
 
@@ -123,27 +195,20 @@ def _y_lse(launch: Launch, b: int, h: int, rows: np.ndarray) -> tuple[np.ndarray
 def _dq(
     launch: Launch, dy: np.ndarray, lse: np.ndarray, delta: np.ndarray, b: int, h: int, rows: np.ndarray
 ) -> np.ndarray:
-    """The gradient of a tile of queries, (rows, D), over the keys that they see."""
-    k, g = launch.k, h // launch.group
-    dq = np.zeros((len(rows), k.shape[3]), k.dtype)
-    for columns in _tiles(0, _seen(launch, rows), launch.block_k):
-        _, ds = _softmax_backward(launch, dy, lse, delta, b, h, rows, columns)
-        dq += ds @ k[b, g, columns]
+    """The gradient of a tile of queries, (rows, D)."""
+    dq = np.zeros((len(rows), launch.k.shape[3]), launch.k.dtype)
+    for step in backward_queries_steps(launch, dy, lse, delta, b, h, rows):
+        dq = step.dq
     return dq * launch.scale
 
 
 def _dk_dv(
     launch: Launch, dy: np.ndarray, lse: np.ndarray, delta: np.ndarray, b: int, g: int, columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The gradients of a tile of keys and values, (columns, D) each: over the group's heads and their queries."""
-    q = launch.q
-    dk, dv = np.zeros((2, len(columns), q.shape[3]), q.dtype)
-    first = max(0, columns[0] - launch.past) // launch.block_q * launch.block_q if launch.causal else 0
-    for h in range(g * launch.group, (g + 1) * launch.group):
-        for rows in _tiles(first, q.shape[2], launch.block_q):
-            kept, ds = _softmax_backward(launch, dy, lse, delta, b, h, rows, columns)
-            dv += kept.T @ dy[b, h, rows]
-            dk += ds.T @ q[b, h, rows]
+    """The gradients of a tile of keys and values, (columns, D) each."""
+    dk, dv = np.zeros((2, len(columns), launch.q.shape[3]), launch.q.dtype)
+    for step in backward_keys_steps(launch, dy, lse, delta, b, g, columns):
+        dk, dv = step.dk, step.dv
     return dk * launch.scale, dv * launch.factor
 
 

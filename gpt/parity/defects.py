@@ -44,9 +44,13 @@ class Defect:
     def file(self) -> str:
         return self._module().__name__.replace(".", "/") + ".py"
 
+    def source(self) -> str:
+        """The module's source as it is."""
+        return inspect.getsource(self._module())
+
     def altered_source(self) -> str:
         """The module's source with the defect. ValueError where the text is not there exactly once."""
-        source = inspect.getsource(self._module())
+        source = self.source()
         if source.count(self.old) != 1:
             raise ValueError(
                 f"defect {self.name!r}: its text occurs {source.count(self.old)} times in {self.file}, "
@@ -699,8 +703,12 @@ def seed(defect: Defect) -> Outcome:
     with defect.seeded(), np.errstate(all="ignore"):
         result = next((result for result in _results(defect.check) if not result.passed), None)
         defective = loose_test(defect.check)
-    noticed = any(not np.allclose(defective[name], sound[name], rtol=0, atol=1e-4) for name in sound)
-    return Outcome(defect, result, noticed)
+    return Outcome(defect, result, differs_loosely(defective, sound))
+
+
+def differs_loosely(defective: dict[str, np.ndarray], sound: dict[str, np.ndarray]) -> bool:
+    """Whether a test with an absolute tolerance of 1e-4 tells them apart."""
+    return any(not np.allclose(defective[name], true, rtol=0, atol=1e-4) for name, true in sound.items())
 
 
 def _results(name: str) -> Iterator[Result]:

@@ -170,7 +170,7 @@ def show(config: AttentionConfig) -> list[Path]:
     save_plot(plot_maps(capture(llm.engine, ids), labels), out / "maps")
     saved = snapshots(Path(config.model))
     if config.pair and not saved:
-        raise UserError(f"pair: {config.model} has no snapshots to track it over; train with --snapshot_every N")
+        raise UserError(f"pair: {config.model} has no snapshots to track it over; train with --study-every N")
     if not saved:
         return written
     maps = []

@@ -128,7 +128,7 @@ class Form:
 
 
 class MathML(Form):
-    infinity = "<mn>∞</mn>"
+    infinity = "<mi>&#x221E;</mi>"
     minus = "<mo>&#x2212;</mo>"
     signs: ClassVar[dict[str, str]] = {
         sign: f"<mo>{text}</mo>"
@@ -148,7 +148,7 @@ class MathML(Form):
         return f"<msub>{self.name(name)}<mrow>{'<mo>,</mo>'.join(indices)}</mrow></msub>"
 
     def reduction(self, kind: str, letters: list[str], over: str) -> str:
-        sign = "<mo>&#x2211;</mo>" if kind == "sum" else "<mi>max</mi>"
+        sign = "<mo>&#x2211;</mo>" if kind == "sum" else '<mo rspace="0.2em" movablelimits="false">max</mo>'
         return f"<mrow><munder>{sign}<mrow>{'<mo>,</mo>'.join(letters)}</mrow></munder>{over}</mrow>"
 
     def cases(self, condition: str, a: str, b: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -243,13 +244,21 @@ class Recording:
 
 
 def record(
-    config: GPTConfig, params: Arrays, tokens: np.ndarray, targets: np.ndarray, noise: Noise | None = None
+    config: GPTConfig,
+    params: Arrays,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    noise: Noise | None = None,
+    chain: Sequence[Operation] | None = None,
 ) -> Recording:
-    """Run the model on tokens (B, T) with these targets (B, T), and back."""
+    """Run the model on tokens (B, T) with these targets (B, T), and back. `chain`: operations to run, in order, that
+    are not the model's own; it ends with the loss."""
     dtype = params["tok_emb.weight"].dtype
     tensors: Arrays = {"tokens": tokens, "targets": targets, "positions": np.arange(tokens.shape[1]), **params}
     steps = []
-    for operation in operations(config, (tokens.shape[0], tokens.shape[1]), noise, dtype):
+    if chain is None:
+        chain = operations(config, (tokens.shape[0], tokens.shape[1]), noise, dtype)
+    for operation in chain:
         arguments = {argument: tensors[of] for argument, of in operation.tensors.items()} | operation.constants
         y, saved = layer_of(operation).forward(**arguments)
         tensors[operation.name] = np.asarray(y)
@@ -277,19 +286,27 @@ def _total(parts: list[tuple[str, str, np.ndarray]]) -> np.ndarray:
     return functools.reduce(np.add, sums.values())
 
 
-def differences_to_model(recording: Recording, noise: Noise | None = None) -> tuple[int, list[str]]:
-    """How many tensors of a pass of `reference.model` were compared with the recording's, and which have other bits."""
-    config, tensors = recording.config, recording.tensors
-    params = {name: tensors[name] for name in config.parameter_shapes()}
+def trace_model(
+    config: GPTConfig, params: Arrays, tokens: np.ndarray, targets: np.ndarray, noise: Noise | None = None
+) -> Arrays:
+    """A pass of `reference.model`: its tensors in the order of execution, those of the way back and the parameters'
+    gradients with "d." before their names."""
     seen: Arrays = {}
 
     def keep(name: str, tensor: np.ndarray) -> None:
         seen[name] = np.array(tensor)
 
-    logits, saved = model.forward(params, config, tensors["tokens"], noise, keep)
-    loss, saved_loss = cross_entropy.forward(logits, tensors["targets"])
+    logits, saved = model.forward(params, config, tokens, noise, keep)
+    loss, saved_loss = cross_entropy.forward(logits, targets)
     keep("loss", np.asarray(loss))
     grads = model.backward(cross_entropy.backward(1.0, saved_loss), saved, trace=keep)
-    seen |= {f"d.{name}": gradient for name, gradient in grads.items()}
+    return seen | {f"d.{name}": gradient for name, gradient in grads.items()}
+
+
+def differences_to_model(recording: Recording, noise: Noise | None = None) -> tuple[int, list[str]]:
+    """How many tensors of a pass of `reference.model` were compared with the recording's, and which have other bits."""
+    config, tensors = recording.config, recording.tensors
+    params = {name: tensors[name] for name in config.parameter_shapes()}
+    seen = trace_model(config, params, tensors["tokens"], tensors["targets"], noise)
     ours = {**tensors, **{f"d.{name}": gradient for name, gradient in recording.gradients.items()}}
     return len(seen), [name for name, tensor in seen.items() if not np.array_equal(ours[name], tensor)]

@@ -25,7 +25,7 @@ __all__ = ["build", "station", "write_report"]
 MOST_NUMBERS = 300_000  # of the stations' tensors: 3.2 MB of a page
 LIMITS = (64, 48, 32, 24, 16, 12, 8, 6, 4)  # of an axis that is cut
 MOST_BLOCKS = 3
-SCRIPTS = ("path",)
+SCRIPTS = ("equations", "inspector", "path")
 
 TITLES = {
     "tok_emb": "Token embedding", "pos_emb": "Position embedding", "emb": "Tokens and positions", "head": "Output head",

@@ -84,16 +84,15 @@ class TrainConfig:
     """Steps from one text sample to the next; none: one at the end of each epoch; 0: never."""
     save_every: int | None = None
     """Steps from one checkpoint to the next; none: one at the end of each epoch; 0: only at the end of the run."""
-    snapshot_every: int | None = None
-    """Steps from one snapshot of the parameters to the next, all of which are kept, the first of before training;
-    none: no snapshots."""
+    study_every: int | None = None
+    """Steps from one snapshot of the parameters to the next, to study how they grew (twingrad study, attention). All
+    are kept, the first is of before training; none: no snapshots."""
     save_best: bool = True
     """Whether to keep the parameters that had the lowest validation loss."""
 
     def __post_init__(self) -> None:
         _require(self.epochs is None or self.steps is None, "steps", self.steps, "epochs or steps, not both")
-        snapshots = self.snapshot_every
-        _require(snapshots is None or snapshots >= 1, "snapshot_every", snapshots, "at least 1")
+        _require(self.study_every is None or self.study_every >= 1, "study_every", self.study_every, "at least 1")
         for name in ("epochs", "steps", "sample_every", "save_every"):
             _require(getattr(self, name) is None or getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("warmup_steps", "clip_from_step", "eval_every", "initial_lr", "seed"):

@@ -241,7 +241,7 @@ class Trainer:
 
     def _snapshot(self) -> None:
         """Keep the parameters as they are now, if that is asked for (gpt/study/attention.py looks into them)."""
-        every = self.config.snapshot_every
+        every = self.config.study_every
         if every and self.run_dir and self.step % every == 0:
             path = self.run_dir / f"step-{self.step:08d}.safetensors"
             save_model(path, self.engine.parameters(), self.engine.config, self.tokenizer, self.task)

@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 
 from gpt.generate import sample_probabilities
-from reference import gelu, linear
-from reference.torch_rng import Generator
+from gpt.study.flow import deep_network, run_deep
+from reference import gelu
 from tests.figures.chapter5 import LOGITS, WORDS
-from tests.figures.engines import draw_linear
-
-SAMPLE = np.array([[1.0, 0.0, -1.0]], np.float32)
 
 
 def plot_activations(path: Path) -> Any:
@@ -46,27 +43,10 @@ def plot_temperatures(path: Path, temperatures: tuple[float, ...] = (1.0, 0.1, 5
     return figure
 
 
-def deep_network() -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Weight and bias of five layers, 3-3-3-3-3-1, seed 123."""
-    generator = Generator(123)
-    return [draw_linear(generator, 3, d_out) for d_out in (3, 3, 3, 3, 1)]
-
-
 def gradient_means(shortcuts: bool) -> list[float]:
-    """Mean size of each weight's gradient of the squared output; each layer is linear, then GELU."""
-    x, saved = SAMPLE, []
-    for weight, bias in deep_network():
-        z, of_linear = linear.forward(x, weight, bias)
-        y, of_gelu = gelu.forward(z, "tanh")
-        skipped = shortcuts and x.shape == y.shape
-        saved.append((of_linear, of_gelu, skipped))
-        x = x + y if skipped else y
-    dx, means = 2 * x, []
-    for of_linear, of_gelu, skipped in reversed(saved):
-        through, dweight, _ = linear.backward(gelu.backward(dx, of_gelu), of_linear)
-        means.append(float(np.abs(dweight).mean()))
-        dx = dx + through if skipped else through
-    return means[::-1]
+    """Mean size of each weight's gradient of the squared output of five layers, 3-3-3-3-3-1, seed 123."""
+    _, gradients = run_deep(deep_network(), shortcuts)
+    return [float(np.abs(dweight).mean()) for dweight, _ in gradients]
 
 
 def gradient_table() -> str:

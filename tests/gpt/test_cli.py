@@ -217,6 +217,44 @@ def test_options_may_not_be_abbreviated():
         parser.parse_args(["--js"])
 
 
+@dataclass
+class Spelled:
+    a_rate: float = 0.0
+    text: str = ""
+    a_model: dict[str, Any] = field(default_factory=dict)
+    a_group: Optimizer = field(default_factory=Optimizer)
+
+
+@pytest.mark.parametrize(
+    "dashed, underscored",
+    [
+        ("--a-rate 0.5", "--a_rate 0.5"),
+        ("--a-rate=-0.5 --text=--a-b", "--a_rate=-0.5 --text=--a-b"),
+        ("--a-model.emb-dim 3 --a-model.norm-eps=1e-5", "--a_model.emb_dim 3 --a_model.norm_eps=1e-5"),
+        ("--a-group.name x-y", "--a_group.name x-y"),
+    ],
+)
+def test_dashes_between_an_options_words_are_as_good_as_underscores(dashed, underscored):
+    ours, plain = (parse_config(Spelled, text.split(), prog="twingrad x") for text in (dashed, underscored))
+    assert ours == plain != Spelled()
+
+
+def test_values_and_what_follows_two_dashes_keep_theirs():
+    parser = Parser(prog="twingrad x")
+    parser.add_argument("--some_text")
+    parser.add_argument("words", nargs="*")
+    known = parser.parse_args(["--some-text=a--b-c", "d-e", "--", "--f-g"])
+    assert (known.some_text, known.words) == ("a--b-c", ["d-e", "--f-g"])
+
+
+def test_configurations_are_printed_by_either_spelling(capsys):
+    for flag in ("--print-config", "--print_config"):
+        with pytest.raises(SystemExit) as stop:
+            parse(f"{flag} --steps 4")
+        assert stop.value.code == 0
+        assert "steps: 4" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- commands and exit statuses
 
 

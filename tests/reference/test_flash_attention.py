@@ -77,3 +77,23 @@ def test_what_is_saved_of_the_softmax_is_one_number_for_each_query():
     lse = saved[2]
     assert lse.shape == (2, 3, 7)
     np.testing.assert_allclose(lse, np.log2(np.exp(s).sum(axis=-1)), rtol=1e-13)
+
+
+def test_a_loop_can_be_watched():
+    """Its last step holds what the pass returns, and earlier ones are not overwritten."""
+    *qkv, dy = problem((1, 2, 1, 11, 13, 5))
+    y, saved = flash_attention.forward(*qkv, block_q=4, block_k=4)
+    launch, _, lse = saved
+    dq, dk, dv = flash_attention.backward(dy, saved)
+    delta, rows, columns = (y * dy).sum(axis=-1), np.arange(4, 8), np.arange(4, 8)
+    forward = list(flash_attention.forward_steps(launch, 0, 1, rows))
+    assert [step.columns[0] for step in forward] == [0, 4, 8]
+    assert forward[-1].o / forward[-1].l[:, None] == pytest.approx(y[0, 1, rows], rel=1e-14)
+    assert len({step.o.tobytes() for step in forward}) == 3
+    queries = list(flash_attention.backward_queries_steps(launch, dy, lse, delta, 0, 1, rows))
+    assert np.array_equal(queries[-1].dq * launch.scale, dq[0, 1, rows])
+    assert len({step.dq.tobytes() for step in queries}) == 3
+    keys = list(flash_attention.backward_keys_steps(launch, dy, lse, delta, 0, 0, columns))
+    assert np.array_equal(keys[-1].dk * launch.scale, dk[0, 0, columns])
+    assert np.array_equal(keys[-1].dv, dv[0, 0, columns])
+    assert len({step.dk.tobytes() for step in keys}) == len(keys) == 6

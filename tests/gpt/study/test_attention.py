@@ -130,7 +130,7 @@ def test_training_keeps_snapshots_from_before_the_first_step(tmp_path, monkeypat
         "--max_length",
         "16",
     ]
-    assert main(["train", *options, "--snapshot_every", "3", "--out", "run"]) == 0
+    assert main(["train", *options, "--study-every", "3", "--out", "run"]) == 0
     assert list(snapshots(tmp_path / "run")) == [0, 3, 6]
     assert [path.name for path in show(AttentionConfig("run", "a short", "out"))] == [
         "maps.png",
