@@ -143,6 +143,8 @@ def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]]
 def title_of(name: str) -> str:
     """An operation's name in words."""
     *before, last = name.split(".")
+    if not before:  # a layer alone, too
+        return TITLES.get(last) or last.replace("_", " ").capitalize()
     if last == "heads":
         return "Attention" if before[-1] == "attn" else f"{before[-1].capitalize()} in heads"
     if last == "rope":
