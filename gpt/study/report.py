@@ -98,7 +98,13 @@ def _sections(subject: Subject, recording: Recording) -> dict[str, Any]:
         "attention": heads(recording, labels),
         "flash": flash_of(recording),
         "training": training(
-            subject.config, subject.snapshots.items(), subject.tokens, subject.targets, labels, subject.spell
+            subject.config,
+            subject.snapshots.items(),
+            subject.tokens,
+            subject.targets,
+            labels,
+            subject.spell,
+            subject.curve,
         ),
         "flow": flow(recording),
         "laboratory": laboratory_of(recording),
@@ -137,6 +143,8 @@ def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]]
 def title_of(name: str) -> str:
     """An operation's name in words."""
     *before, last = name.split(".")
+    if not before:  # a layer alone, too
+        return TITLES.get(last) or last.replace("_", " ").capitalize()
     if last == "heads":
         return "Attention" if before[-1] == "attn" else f"{before[-1].capitalize()} in heads"
     if last == "rope":
