@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -199,11 +200,21 @@ def kernels() -> Kernels:
 def function(place: str, dtypes: tuple[str, ...]) -> Differentiable:
     """The function at FILE.py:FUNCTION. UserError where there is none."""
     file, _, name = place.rpartition(":")
-    path = Path(file)
-    if not file or path.suffix != ".py" or not name.isidentifier():
+    if not file or Path(file).suffix != ".py" or not name.isidentifier():
         raise UserError(f"kernel: expected FILE.py:FUNCTION, got {place!r}")
+    found = getattr(load_module("kernel", file), name, None)
+    if not callable(found):
+        raise UserError(f"kernel: {file} has no function {name}")
+    return Differentiable(name, found, "cuda" if on_gpu() else "cpu", dtypes)
+
+
+def load_module(option: str, file: str) -> ModuleType:
+    """The module that a file of Python is, for the `option` that named it. UserError where it is none."""
+    path = Path(file)
+    if path.suffix != ".py":
+        raise UserError(f"{option}: expected a file of Python, FILE.py, got {file!r}")
     if not path.is_file():
-        raise UserError(f"kernel: there is no file {file}")
+        raise UserError(f"{option}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -211,11 +222,18 @@ def function(place: str, dtypes: tuple[str, ...]) -> Differentiable:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"kernel: {file} does not import: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise UserError(f"kernel: {file} has no function {name}")
-    return Differentiable(name, found, "cuda" if on_gpu() else "cpu", dtypes)
+        line = line_in(file, error)
+        at = f" at line {line}" if line else ""
+        raise UserError(f"{option}: {file} does not import{at}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def line_in(file: str, error: BaseException) -> int:
+    """The last line of a file that an error came from; 0 where it came from elsewhere."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == Path(file).name:
+        return error.lineno or 0
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
+    return (lines or [0])[-1] or 0
 
 
 def to_tensor(array: np.ndarray, dtype: str, device: str) -> Any:

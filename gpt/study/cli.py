@@ -19,8 +19,14 @@ class StudyConfig:
     """The text that the pass is over."""
     model: str | None = None
     """A run's folder, a folder or file of weights, or a name (weights list); none: a tiny model learns the text."""
-    out: str = "report.html"
-    """The page."""
+    layer: str | None = None
+    """One layer alone, such as layer_norm or attention-grouped: in the terminal, or with out as a page."""
+    yours: str | None = None
+    """With layer: FILE.py with your own forward and backward, held against the layer's."""
+    text_only: bool = False
+    """With layer: in the terminal, though there is an out."""
+    out: str | None = None
+    """The page [report.html]."""
     steps: int = 30
     """Training steps of the tiny model."""
     dropout: float = 0.0
@@ -31,18 +37,27 @@ class StudyConfig:
 
 def study(config: StudyConfig) -> int:
     """Write what `config` asks for. Raises UserError."""
+    if config.layer is not None:
+        from gpt.study.layer import show
+
+        return show(config.layer, config.yours or "", config.seed, "" if config.text_only else config.out or "")
+    if config.yours is not None:
+        raise UserError("yours: a file of your own is held against a layer, expected --layer NAME beside it")
+    from rich.console import Console
+
     from gpt.study.report import write_report
     from gpt.study.subject import loaded, tiny
 
-    start = time.perf_counter()
-    if config.model is None:
-        subject = tiny(config.text, config.steps, config.seed, config.dropout)
-    else:
-        subject = loaded(config.model, config.text, config.seed, config.dropout)
-    path = Path(config.out)
+    path = Path(config.out or "report.html")
     if path.is_dir():
         raise UserError(f"out: {path} is a folder, expected a file to write, such as report.html")
-    write_report(path, subject)
+    start = time.perf_counter()
+    with Console(stderr=True).status("the model") as status:  # shown on a terminal alone
+        if config.model is None:
+            subject = tiny(config.text, config.steps, config.seed, config.dropout)
+        else:
+            subject = loaded(config.model, config.text, config.seed, config.dropout)
+        write_report(path, subject, status.update)
     size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
     print(f"{path}  {size:.1f} MB, {seconds:.1f} s; open it in a browser")
     return 0

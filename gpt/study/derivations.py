@@ -12,6 +12,7 @@ d channel of a head, v word of the vocabulary, r rank, p pair of answers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,7 +162,7 @@ def attention(a: Arguments) -> Derivation:
         scores[b,h,t,s] = scale * sum(d, q[b,h,t,d] * k[b,{key},s,d])
         m[b,h,t] = max(s, {"where(s <= t + past, scores[b,h,t,s], -1e300)" if seen else "scores[b,h,t,s]"})
         z[b,h,t] = sum(s, {seen}exp(scores[b,h,t,s] - m[b,h,t]))
-        p[b,h,t,s] = {seen}exp(scores[b,h,t,s] - m[b,h,t]) / z[b,h,t]
+        p[b,h,t,s] = {seen}(exp(scores[b,h,t,s] - m[b,h,t]) / z[b,h,t])
         {"dropped[b,h,t,s] = p[b,h,t,s] * keep[b,h,t,s] / (1 - rate)" * drops}
         y[b,h,t,d] = sum(s, {used}[b,h,t,s] * v[b,{key},s,d])
         """,
@@ -196,6 +197,17 @@ def gelu(a: Arguments) -> Derivation:
         kappa=gelu_layer.C,
         alpha=gelu_layer.A,
     )
+
+
+def bias_gelu(a: Arguments) -> Derivation:
+    """GELU's equations of the sum."""
+    inner = gelu(a)
+    forward, backward = (
+        tuple(Equation(re.sub(r"\bx\[", "s[", equation.text)) for equation in part)
+        for part in (inner.forward, inner.backward)
+    )
+    first, last = Equation("s[b,t,c] = x[b,t,c] + bias[c]"), Equation("dbias[c] = sum(b, t, dx[b,t,c])")
+    return Derivation((first, *forward), (*backward, last), inner.constants)
 
 
 def swiglu(a: Arguments) -> Derivation:
@@ -241,12 +253,13 @@ def lora(a: Arguments) -> Derivation:
 def cross_entropy(a: Arguments) -> Derivation:
     counted = a["targets"] != a.get("ignore_index", -100)
     some = not counted.all()
+    one = "log(z[b,t]) - (logits[b,t,targets[b,t]] - m[b,t])"
     return _derivation(
         f"""
         m[b,t] = max(v, logits[b,t,v])
         z[b,t] = sum(v, exp(logits[b,t,v] - m[b,t]))
-        losses[b,t] = log(z[b,t]) - (logits[b,t,targets[b,t]] - m[b,t])
-        loss = sum(b, t, {"counted[b,t] * " * some}losses[b,t]) / N
+        losses[b,t] = {f"counted[b,t] * ({one})" if some else one}
+        loss = sum(b, t, losses[b,t]) / N
         """,
         f"""
         p[b,t,v] = exp(logits[b,t,v] - m[b,t]) / z[b,t]
@@ -255,6 +268,19 @@ def cross_entropy(a: Arguments) -> Derivation:
         N=max(1, int(counted.sum())),
         **({"counted": counted.astype(a["logits"].dtype)} if some else {}),
     )
+
+
+def linear_cross_entropy(a: Arguments) -> Derivation:
+    """Cross entropy's equations, between those of a linear layer. All logits at once, which the layer avoids."""
+    bias = a.get("bias") is not None
+    loss = cross_entropy({**a, "logits": a["x"]})
+    first = Equation(f"logits[b,t,v] = sum(c, x[b,t,c] * weight[v,c]){' + bias[v]' * bias}")
+    last = [
+        Equation("dx[b,t,c] = sum(v, dlogits[b,t,v] * weight[v,c])"),
+        Equation("dweight[v,c] = sum(b, t, dlogits[b,t,v] * x[b,t,c])"),
+        *[Equation("dbias[v] = sum(b, t, dlogits[b,t,v])")] * bias,
+    ]
+    return Derivation((first, *loss.forward), (*loss.backward, *last), loss.constants)
 
 
 def token_logps(a: Arguments) -> Derivation:
@@ -334,7 +360,8 @@ def add(a: Arguments) -> Derivation:
 DERIVATIONS: dict[str, Callable[[Arguments], Derivation]] = {
     function.__name__: function
     for function in (
-        embedding, linear, layer_norm, rms_norm, rope, attention, gelu, swiglu, dropout, lora, cross_entropy,
-        token_logps, dpo, orpo, split_heads, join_heads, add,
+        embedding, linear, layer_norm, rms_norm, rope, attention, gelu, bias_gelu, swiglu, dropout, lora, cross_entropy,
+        linear_cross_entropy, token_logps, dpo, orpo, split_heads, join_heads, add,
     )
 }  # fmt: skip
+DERIVATIONS["flash_attention"] = attention  # another order of the same sums

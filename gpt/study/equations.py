@@ -10,7 +10,8 @@ names that stand alone are numbers. A comparison is 1 where it holds and 0 elsew
 cdf (of the normal distribution) and `where(condition, a, b)`.
 
 The same text is evaluated as a whole, so that it can be held against what a layer computes; evaluated at one element
-and spelled out in numbers; set as MathML; and handed to a page as a tree, so that the page computes it too.
+and spelled out in numbers; set as MathML, as LaTeX and as plain text; and handed to a page as a tree, so that the page
+computes it too. A product with a comparison that does not hold is 0, whatever the other factor is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt.study.notation import ATOM, BINDING, COMPARISONS, LaTeX, MathML, Plain, Source, write
 from reference.gelu import normal_cdf
 
 __all__ = ["Equation", "Spelled"]
@@ -40,12 +42,10 @@ COMPUTE: dict[str, Callable[[Any, Any], Any]] = {
     "**": np.power, "==": np.equal, "!=": np.not_equal, "<=": np.less_equal, "<": np.less, ">=": np.greater_equal,
     ">": np.greater,
 }  # fmt: skip
-COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
-    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "cdf": normal_cdf,
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh,
+    "cdf": lambda x: normal_cdf(np.asarray(x, np.float64)),
 }  # fmt: skip
-BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, "neg": 2, "**": 3} | dict.fromkeys(COMPARISONS, 0)
-ATOM = 4
 NOTHING = -1e300  # what a masked element is to `max`
 
 
@@ -117,7 +117,8 @@ class Equation:
             for letter in letters
         }
         axes = {letter: axis for axis, letter in enumerate(letters)}
-        result = np.asarray(_evaluate(self.tree, values, ranges, axes))
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # where the other value is taken
+            result = np.asarray(_evaluate(self.tree, values, ranges, axes))
         shape = tuple(sizes[letter] for letter in self.indices)
         if not result.ndim:
             return np.broadcast_to(result, shape).copy()
@@ -132,11 +133,27 @@ class Equation:
         spelled.value, spelled.text, _ = _spell(self.tree, values, at, sizes, (terms, digits), spelled.read)
         return spelled
 
+    def with_tree(self, tree: Tree) -> Equation:
+        """The equation of the same tensor with another right side."""
+        return Equation(f"{write(self._sides[0], Source())} = {write(tree, Source())}")
+
     @cached_property
     def mathml(self) -> str:
         """The equation as a MathML element, for a page."""
-        left, right = (_mathml(side)[0] for side in self._sides)
+        left, right = (write(side, MathML()) for side in self._sides)
         return f'<math display="block"><mrow>{left}<mo>=</mo>{right}</mrow></math>'
+
+    @cached_property
+    def latex(self) -> str:
+        """The equation as LaTeX, to stand between dollar signs."""
+        left, right = (write(side, LaTeX()) for side in self._sides)
+        return f"{left} = {right}"
+
+    @cached_property
+    def plain(self) -> str:
+        """The equation as text in Unicode, for a terminal."""
+        left, right = (write(side, Plain()) for side in self._sides)
+        return f"{left} = {right}"
 
 
 def _tree(node: ast.AST) -> Tree:
@@ -199,10 +216,15 @@ def _evaluate(tree: Tree, values: Values, ranges: Mapping[str, np.ndarray], axes
         reduce = np.sum if kind == "sum" else np.max
         return reduce(np.broadcast_to(array, shape), axis=tuple(axes[letter] for letter in letters), keepdims=True)
     operands = [_evaluate(part, values, ranges, axes) for part in parts]
+    if kind == "*" and any(part[0] in COMPARISONS for part in parts):
+        condition, other = operands if parts[0][0] in COMPARISONS else operands[::-1]
+        return np.where(condition, other, 0)
     if kind == "where":
         return np.where(*operands)
     if kind == "neg":
         return -operands[0]
+    if kind in COMPARISONS:
+        return COMPUTE[kind](*operands) * 1  # a number: truths do not add up
     return FUNCTIONS[kind](*operands) if kind in FUNCTIONS else COMPUTE[kind](*operands)
 
 
@@ -213,7 +235,7 @@ def _spell(
     sizes: Mapping[str, int],
     form: tuple[int, int],
     read: dict[str, list[tuple[int, ...]]],
-) -> tuple[float, str, int]:
+) -> tuple[float, str, float]:
     """Value, text in numbers, and how strongly the text's outermost operation binds."""
     kind, *parts = tree
     if kind == "number":
@@ -222,8 +244,10 @@ def _spell(
         value = at[parts[0]] if kind == "index" else float(values[parts[0]])
         return value, _number(value, form[1]), ATOM
     if kind == "tensor":
-        place = tuple(int(_spell(index, values, at, sizes, form, read)[0]) for index in parts[1])
-        value = np.asarray(values[parts[0]])[place].item()
+        array = np.asarray(values[parts[0]])
+        wanted = [int(_spell(index, values, at, sizes, form, read)[0]) for index in parts[1]]
+        place = tuple(min(max(i, 0), size - 1) for i, size in zip(wanted, array.shape, strict=True))
+        value = array[place].item()
         places = read.setdefault(parts[0], [])
         if place not in places:
             places.append(place)
@@ -250,14 +274,17 @@ def _spell(
         spelled = [_spell(part, values, at, sizes, form, read) for part in parts]
     if kind in FUNCTIONS:
         return float(FUNCTIONS[kind](np.float64(spelled[0][0]))), f"{kind}({spelled[0][1]})", ATOM
+    if kind in COMPARISONS:
+        holds = int(COMPUTE[kind](spelled[0][0], spelled[1][0]))
+        return holds, str(holds), ATOM
     if kind == "neg":
         return -spelled[0][0], f"-{_inside(spelled[0], 2)}", BINDING["neg"]
     (a, b), binding = spelled, BINDING[kind]
     with np.errstate(all="ignore"):
         value = float(COMPUTE[kind](np.float64(a[0]), np.float64(b[0])))
     sign = {"*": "·", "**": "^"}.get(kind, kind)
-    text = f"{_inside(a, binding)} {sign} {_inside(b, binding + (kind not in '+*'))}"
-    return value, text.replace(" ^ ", "^"), binding
+    text = f"{_inside(a, binding + (kind == '**'))} {sign} {_inside(b, binding + (kind not in '+*'))}"
+    return value, text.replace(" ^ ", "^") if kind == "**" else text, binding
 
 
 def _spell_reduction(
@@ -269,24 +296,31 @@ def _spell_reduction(
     sizes: Mapping[str, int],
     form: tuple[int, int],
     read: dict[str, list[tuple[int, ...]]],
-) -> tuple[float, str, int]:
+) -> tuple[float, str, float]:
     terms = []
     for place in np.ndindex(*(sizes[letter] for letter in letters)):
         here = {**at, **dict(zip(letters, place, strict=True))}
         term = _spell(over, values, here, sizes, form, read)
-        if term[1] != "0" and not (kind == "max" and term[0] <= NOTHING):
+        if (term[0] > NOTHING) if kind == "max" else (term[1] != "0"):
             terms.append(term)
-    total = (math.fsum if kind == "sum" else max)([term[0] for term in terms] or [0.0])
+    if not terms:
+        return (NOTHING, f"{NOTHING:g}", BINDING["neg"]) if kind == "max" else (0.0, "0", ATOM)
+    total = (_sum if kind == "sum" else max)([term[0] for term in terms])
     shown = [_inside(term, 1) for term in terms[: form[0]]]
     if rest := terms[form[0] :]:
-        more = f"{len(rest)} more" + (f", together {_number(math.fsum(t[0] for t in rest), form[1])}" * (kind == "sum"))
+        more = f"{len(rest)} more" + (f", together {_number(_sum([t[0] for t in rest]), form[1])}" * (kind == "sum"))
         shown.append(f"({more})")
     if kind == "max":
         return total, f"max({', '.join(shown)})", ATOM
-    return total, " + ".join(shown) or "0", 1 if len(shown) > 1 else ATOM
+    return total, " + ".join(shown), 1 if len(shown) > 1 else terms[0][2]
 
 
-def _inside(part: tuple[float, str, int], binding: int) -> str:
+def _sum(numbers: list[float]) -> float:
+    """As exact as can be; fsum knows no infinities of both signs."""
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
+
+
+def _inside(part: tuple[float, str, float], binding: float) -> str:
     """A part's text, in parentheses where it binds less than what stands around it."""
     negative = part[1].startswith("-") and binding > 1
     return f"({part[1]})" if part[2] < binding or negative else part[1]
@@ -294,59 +328,3 @@ def _inside(part: tuple[float, str, int], binding: int) -> str:
 
 def _number(value: float, digits: int) -> str:
     return f"{value:d}" if isinstance(value, int) else f"{value + 0.0:.{digits}g}"  # -0.0 + 0.0 is 0.0
-
-
-# MathML.
-
-_SYMBOLS = {"eps": "ε", "alpha": "α", "beta": "β", "kappa": "κ", "delta": "δ", "ddelta": "dδ", "pi": "π"}
-_SIGNS = {"*": "&#x22C5;", "-": "&#x2212;", "==": "=", "!=": "&#x2260;", "<=": "&#x2264;", ">=": "&#x2265;",
-          "<": "&lt;", ">": "&gt;", "%": "mod"}  # fmt: skip
-
-
-def _mathml(tree: Tree) -> tuple[str, int]:
-    """A row of MathML, and how strongly its outermost operation binds."""
-    kind, *parts = tree
-    if kind == "number":
-        return ("<mi>&#x221E;</mi>" if parts[0] == -NOTHING else f"<mn>{parts[0]:g}</mn>"), ATOM
-    if kind in ("index", "name"):
-        return f"<mi>{_SYMBOLS.get(parts[0], parts[0])}</mi>", ATOM
-    if kind == "tensor":
-        indices = "<mo>,</mo>".join(_mathml(index)[0] for index in parts[1])
-        name = _SYMBOLS.get(parts[0], parts[0].replace("_", " "))
-        return f"<msub><mi>{name}</mi><mrow>{indices}</mrow></msub>", ATOM
-    if kind in ("sum", "max"):
-        sign = "<mo>&#x2211;</mo>" if kind == "sum" else '<mo rspace="0.2em" movablelimits="false">max</mo>'
-        letters = "<mo>,</mo>".join(f"<mi>{letter}</mi>" for letter in parts[0])
-        over = _enclosed(_mathml(parts[1]), 2)
-        return f"<mrow><munder>{sign}<mrow>{letters}</mrow></munder>{over}</mrow>", 2
-    if kind == "where":
-        cases = [_mathml(part)[0] for part in parts]
-        first = f"<mtr><mtd>{cases[1]}</mtd><mtd><mtext>if </mtext>{cases[0]}</mtd></mtr>"
-        rows = f"{first}<mtr><mtd>{cases[2]}</mtd><mtd><mtext>otherwise</mtext></mtd></mtr>"
-        return f"<mrow><mo>{{</mo><mtable>{rows}</mtable></mrow>", ATOM
-    if kind == "exp":
-        return f"<msup><mi>e</mi><mrow>{_mathml(parts[0])[0]}</mrow></msup>", 3
-    if kind == "sqrt":
-        return f"<msqrt>{_mathml(parts[0])[0]}</msqrt>", ATOM
-    if kind in FUNCTIONS:
-        name = "Φ" if kind == "cdf" else kind
-        return f"<mrow><mi>{name}</mi><mo>(</mo>{_mathml(parts[0])[0]}<mo>)</mo></mrow>", ATOM
-    if kind == "neg":
-        return f"<mrow><mo>&#x2212;</mo>{_enclosed(_mathml(parts[0]), 2)}</mrow>", 1
-    a, b = map(_mathml, parts)
-    if kind == "/":
-        return f"<mfrac><mrow>{a[0]}</mrow><mrow>{b[0]}</mrow></mfrac>", ATOM
-    if kind == "//":
-        return f"<mrow><mo>&#x230A;</mo>{_enclosed(a, 3)}<mo>/</mo>{_enclosed(b, 3)}<mo>&#x230B;</mo></mrow>", ATOM
-    if kind == "**":
-        return f"<msup><mrow>{_enclosed(a, 4)}</mrow>{b[0]}</msup>", 3
-    if kind in COMPARISONS:
-        return f"<mrow><mo>[</mo>{a[0]}<mo>{_SIGNS[kind]}</mo>{b[0]}<mo>]</mo></mrow>", ATOM
-    binding = BINDING[kind]
-    right = binding + (kind not in "+*")
-    row = f"{_enclosed(a, binding)}<mo>{_SIGNS.get(kind, kind)}</mo>{_enclosed(b, right)}"
-    return f"<mrow>{row}</mrow>", binding
-
-
-def _enclosed(part: tuple[str, int], binding: int) -> str:
-    return f"<mrow><mo>(</mo>{part[0]}<mo>)</mo></mrow>" if part[1] < binding else part[0]

@@ -195,7 +195,7 @@ class Step:
     @property
     def result(self) -> str:
         """The result's name in the layer's equations."""
-        return "loss" if self.operation.layer == "cross_entropy" else "y"
+        return self.derivation.forward[-1].tensor
 
     @cached_property
     def derivation(self) -> Derivation:

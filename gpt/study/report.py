@@ -8,6 +8,7 @@ the first entries; the page says so, and its sums say what they lack.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from reference.config import GPTConfig
 
 __all__ = ["build", "station", "write_report"]
 
+Progress = Callable[[str], None]
 MOST_NUMBERS = 220_000  # of the stations' tensors: 2.4 MB of a page
 LIMITS = (64, 48, 32, 24, 16, 12, 8, 6, 4)  # of an axis that is cut
 MOST_BLOCKS = 3
@@ -47,15 +49,16 @@ TITLES = {
 }  # fmt: skip
 
 
-def write_report(path: Path, subject: Subject) -> dict[str, Any]:
-    """Write the page; returns its data."""
-    data = build(subject)
+def write_report(path: Path, subject: Subject, progress: Progress = lambda what: None) -> dict[str, Any]:
+    """Write the page; returns its data. `progress` is told what is being computed."""
+    data = build(subject, progress)
     write(path, data["title"], data, SCRIPTS)
     return data
 
 
-def build(subject: Subject) -> dict[str, Any]:
+def build(subject: Subject, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Everything that the page shows."""
+    progress("both passes")
     recording = record(subject.config, subject.params, subject.tokens, subject.targets, subject.noise)
     compared, different = differences_to_model(recording, subject.noise)
     steps, notes = _shown(recording)
@@ -63,7 +66,10 @@ def build(subject: Subject) -> dict[str, Any]:
     if not complete:
         notes.append(f"Of each tensor the first {limit} entries along each axis are on this page.")
     tensors: dict[str, dict[str, Any]] = {}
-    laws, proofs = laws_of(recording, subject.noise), proofs_of(recording)
+    progress("laws")
+    laws = laws_of(recording, subject.noise)
+    progress("finite differences of the loss")
+    proofs = proofs_of(recording)
     stations = [
         station(step, recording, tensors, limit)
         | {"laws": laws.get(step.name, []), "proofs": proofs.get(step.name, [])}
@@ -87,23 +93,27 @@ def build(subject: Subject) -> dict[str, Any]:
             for of, parts in recording.contributions.items()
             if len(parts) > 1 and f"d.{of}" in tensors
         },
-        "sections": _sections(subject, recording),
+        "sections": _sections(subject, recording, progress),
     }
 
 
-def _sections(subject: Subject, recording: Recording) -> dict[str, Any]:
+def _sections(subject: Subject, recording: Recording, progress: Progress) -> dict[str, Any]:
     """What follows the path, each from a module of its own."""
-    labels = subject.labels[:-1]
-    return {
-        "attention": heads(recording, labels),
-        "flash": flash_of(recording),
-        "training": training(
-            subject.config, subject.snapshots.items(), subject.tokens, subject.targets, labels, subject.spell
-        ),
-        "flow": flow(recording),
-        "laboratory": laboratory_of(recording),
-        "defects": broken_of(recording, subject.noise),
+    labels, snapshots = subject.labels[:-1], subject.snapshots.items()
+    batch = subject.tokens, subject.targets
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "attention": lambda: heads(recording, labels),
+        "flash": lambda: flash_of(recording),
+        "training": lambda: training(subject.config, snapshots, *batch, labels, subject.spell, subject.curve),
+        "flow": lambda: flow(recording),
+        "laboratory": lambda: laboratory_of(recording),
+        "defects": lambda: broken_of(recording, subject.noise),
     }
+    found = {}
+    for name, section in sections.items():
+        progress(name)
+        found[name] = section()
+    return found
 
 
 def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]], limit: int) -> dict[str, Any]:
@@ -137,6 +147,8 @@ def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]]
 def title_of(name: str) -> str:
     """An operation's name in words."""
     *before, last = name.split(".")
+    if not before:  # a layer alone, too
+        return TITLES.get(last) or last.replace("_", " ").capitalize()
     if last == "heads":
         return "Attention" if before[-1] == "attn" else f"{before[-1].capitalize()} in heads"
     if last == "rope":

@@ -171,7 +171,7 @@ study.path = (() => {
     }
     if (station.doc) parent.append(fold("What the module says of itself", el("pre", { class: "code plain-text" }, station.doc)));
     if (station.laws?.length) {
-      parent.append(el("div", { class: "laws" }, el("h4", {}, "Laws that these numbers obey"), station.laws.map((law) =>
+      parent.append(el("div", { class: "obeyed" }, el("h4", {}, "Laws that these numbers obey"), station.laws.map((law) =>
         el("div", { class: "law" }, study.badge(`${law.name}: ${study.number(law.error, 2)}`, law.passed), el("span", { class: "small muted" }, ` bound ${study.number(law.bound, 2)}. ${law.doc ?? ""}`)))));
     }
     if (station.proofs?.length) {
