@@ -161,7 +161,16 @@ study.equations = (() => {
         }
       }
     }
-    return (changed.get("loss") ?? study.tensor("loss").array)[0];
+    return objective((name) => changed.get(name) ?? (name === key ? array : study.tensor(name).array));
+  }
+
+  /** What gradients are the gradients of: the loss; of a layer that stands alone, the sum of dy times y. */
+  function objective(read) {
+    const last = study.data.stations.at(-1);
+    if (last.name === "loss") return read("loss")[0];
+    const result = last.wires[last.forward.at(-1).tensor];
+    const weights = study.tensor(`d.${result}`).array;
+    return total(read(result).map((y, k) => weights[k] * y));
   }
 
   /** The loss' central difference along one element of a tensor: {slope, step}. The step goes by the tensor's largest
@@ -220,7 +229,7 @@ study.equations = (() => {
       number that is an element of a tensor, and {rest, hidden, value} for the terms of a sum that are not written:
       beyond the first `terms`, or, `hidden`, because what they are made of is not on the page. `read`: a Map from a
       tensor's key to the places in it that the element came from. What is multiplied by a condition that does not hold
-      is not read, and neither is a masked term of max. `value` is undefined where the page has not all of it. */
+      is not read, and neither is a term of a sum that begins with a 0, or a masked term of max. `value` is undefined where the page has not all of it. */
   function spell(equation, station, index, { terms = 12, digits = 4 } = {}) {
     const size = sizes(equation, station);
     const format = (x) => study.number(x, digits);
@@ -233,6 +242,11 @@ study.equations = (() => {
     function inside(node, binding) {
       const negative = first(node).startsWith("-") && binding > 1;
       return node.binding < binding || negative ? ["(", ...node.parts, ")"] : node.parts;
+    }
+    function note(key, place) {
+      const seen = read.get(key) ?? [];
+      read.set(key, seen);
+      if (!seen.some((other) => other.every((i, axis) => i === place[axis]))) seen.push(place);
     }
     function quietly(find) { // without noting what is read
       const before = read;
@@ -256,9 +270,7 @@ study.equations = (() => {
         const of = study.tensor(key);
         const place = (parts[1] ?? []).map((part, axis) => Math.max(0, Math.min(of.shape[axis] - 1, build(part, at).value)));
         const value = of.at(...place);
-        const seen = read.get(key) ?? [];
-        read.set(key, seen);
-        if (value !== undefined && !seen.some((other) => other.every((i, axis) => i === place[axis]))) seen.push(place);
+        if (value !== undefined) note(key, place);
         const text = value === undefined ? `${parts[0]}[${place.join(",")}]` : format(value);
         return atom(value, { name: parts[0], key, index: place, value, text });
       }
@@ -300,9 +312,15 @@ study.equations = (() => {
       const found = [];
       let hidden = 0;
       for (const place of places(letters, size)) {
+        const before = read;
+        read = new Map();
         const node = build(over, { ...at, ...place });
+        const own = read;
+        read = before;
+        if (node.value !== undefined && (node.zero || (kind === "max" && node.value <= NOTHING))) continue;
         if (node.value === undefined) hidden++;
-        else if (!node.zero && !(kind === "max" && node.value <= NOTHING)) found.push(node);
+        else found.push(node);
+        for (const [key, found] of own) for (const place of found) note(key, place);
       }
       const values = found.map((node) => node.value);
       const part = kind === "sum" ? total(values) : values.length ? Math.max(...values) : 0;

@@ -93,7 +93,10 @@ study.graph = (() => {
     });
   }
 
-  return { stations, named, makers, users, has, gradientOf, primalOf, partsOf, letters, labels, split };
+  const whole = named.has("loss"); // a model; otherwise a layer that stands alone
+  const objective = whole ? "the loss" : "the sum of dy · y";
+
+  return { whole, objective, stations, named, makers, users, has, gradientOf, primalOf, partsOf, letters, labels, split };
 })();
 
 study.inspector = (() => {
@@ -176,8 +179,9 @@ study.inspector = (() => {
     }
     if (parts.length) return contributions(key, index, parts, 1);
     const why = key === "d.loss" ? "The way back begins here: of the loss itself the gradient is 1."
-      : key.startsWith("d.") ? "What it was computed from is not on this page."
+      : key.startsWith("d.") && graph.whole ? "What it was computed from is not on this page."
       : /\.(weight|bias|lora_a|lora_b)$/.test(key) ? "A parameter: it is not computed, it is learnt."
+      : !graph.whole ? (key.startsWith("d.") ? "The gradient that arrives at the layer." : "An argument of the layer.")
       : graph.has(`d.${key}`) ? "It was computed by an operation that is not on this page."
       : graph.split(key)[0] === null ? "An input: whole numbers, given from outside."
       : "A constant of this pass.";
@@ -215,7 +219,7 @@ study.inspector = (() => {
       const part = primal.only ? `the part of it that comes through ${primal.only}, ` : "";
       const total = primal.only && graph.gradientOf(primal.key);
       return { read: new Map(), nodes: [heading("What it is the gradient of"), el("p", { class: "small" },
-        `How much the loss changes per change of `, link(primal.key, index, written(primal.key, index)), part ? `: ${part}the whole is ` : ".",
+        `How much ${graph.objective} changes per change of `, link(primal.key, index, written(primal.key, index)), part ? `: ${part}the whole is ` : ".",
         total ? [link(total, index, number(study.tensor(total).at(...index))), "."] : null)] };
     }
     const gradient = graph.gradientOf(key);
@@ -229,7 +233,7 @@ study.inspector = (() => {
     const parts = graph.partsOf(gradient);
     if (parts.length) return contributions(gradient, index, parts, 2);
     return { read: new Map(), nodes: [heading(["Its gradient: ", link(gradient, index, number(study.tensor(gradient).at(...index), 6))]), el("p", { class: "muted small" },
-      gradient === "d.loss" ? "The way back begins here: of the loss itself the gradient is 1." : "What it was computed from is not on this page.")] };
+      gradient === "d.loss" ? "The way back begins here: of the loss itself the gradient is 1." : !graph.whole ? "The gradient that arrives at the layer, drawn at random." : "What it was computed from is not on this page.")] };
   }
 
   /** What of the loss' difference is to be measured for this element: {key, only, gradient}; undefined for nothing. */
@@ -245,7 +249,7 @@ study.inspector = (() => {
   function proofSection(key, index) {
     const box = el("div", { class: "proof" });
     const of = measurable(key);
-    if (!of || of.key === "loss" || !graph.named.has("loss")) return box;
+    if (!of || graph.partsOf(graph.gradientOf(of.key)).length === 0 && of.gradient) return box; // where the way back begins
     box.append(heading("Proof by differences"));
     if (!study.data.complete) {
       box.append(el("p", { class: "muted small" }, "A difference of the whole loss needs every number of the pass, and this page has a part of them. The stations’ own proofs were computed when it was written."));
@@ -277,7 +281,7 @@ study.inspector = (() => {
     const where = only ? ` in ${only} alone` : "";
     return [
       el("table", {}, el("tbody", {}, rows.map(([name, text]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "number" }, text))))), ...nodes,
-      el("p", { class: "muted small" }, `(L(x + h) − L(x − h)) / 2h, h = ${number(step, 2)}: the whole loss, computed twice in this page with this one number changed${where}.`),
+      el("p", { class: "muted small" }, `(L(x + h) − L(x − h)) / 2h, h = ${number(step, 2)}: ${graph.whole ? "the whole loss" : graph.objective}, computed twice in this page with this one number changed${where}.`),
     ];
   }
 

@@ -175,7 +175,7 @@ study.path = (() => {
         el("div", { class: "law" }, study.badge(`${law.name}: ${study.number(law.error, 2)}`, law.passed), el("span", { class: "small muted" }, ` bound ${study.number(law.bound, 2)}. ${law.doc ?? ""}`)))));
     }
     if (station.proofs?.length) {
-      parent.append(el("div", { class: "proofs" }, el("h4", {}, "Proofs: the gradient by hand, and by differences of the whole loss"), study.table(
+      parent.append(el("div", { class: "proofs" }, el("h4", {}, `Proofs: the gradient by hand, and by differences of ${graph.whole ? "the whole loss" : graph.objective}`), study.table(
         ["element", "by hand", "by differences", "error", "bound"],
         station.proofs.map((proof) => [
           reference(station, proof), study.number(proof.by_hand, 10), study.number(proof.differences, 10),
@@ -376,9 +376,9 @@ study.path = (() => {
       last = name;
       first = false;
     }
-    path.append(el("p", { class: "turn small muted" }, "Here the way back begins, with dloss = 1: through the same stations, from the last to the first."));
+    if (graph.whole) path.append(el("p", { class: "turn small muted" }, "Here the way back begins, with dloss = 1: through the same stations, from the last to the first."));
     parent.append(path);
-    study.contents("path", groups.map(({ name }) => (typeof name === "number" ? { title: `Block ${name}`, href: `#path-block-${name}` } : { title: name === "in" ? "Tokens to vectors" : "Logits and loss", href: `#path-${name}` })));
+    if (graph.whole) study.contents("path", groups.map(({ name }) => (typeof name === "number" ? { title: `Block ${name}`, href: `#path-block-${name}` } : { title: name === "in" ? "Tokens to vectors" : "Logits and loss", href: `#path-${name}` })));
     study.onTheme(() => {
       if (!document.documentElement.classList.contains("printing")) return;
       for (const [name, draw] of [...bodies]) if (!elements.get(name).closest("details.block:not([open])")) draw();
@@ -387,8 +387,8 @@ study.path = (() => {
 
   if (graph.stations.length) {
     study.section({
-      id: "path", order: 0, own: true, title: "The path of the numbers",
-      blurb: `Every operation of the model in order, with what went in, what came out, and what came back. Nothing here is an illustration: these are the engine’s own numbers${study.data.complete ? ", all of them" : ""}.`,
+      id: "path", order: 0, own: true, title: graph.whole ? "The path of the numbers" : "The layer",
+      blurb: !graph.whole ? "What goes in, what comes out, and what comes back: the reference’s own numbers." : `Every operation of the model in order, with what went in, what came out, and what came back. Nothing here is an illustration: these are the engine’s own numbers${study.data.complete ? ", all of them" : ""}.`,
       render,
     });
     search();

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gpt.parity import model as parity
+from gpt.study import layer, report
 from gpt.study import page as pages
-from gpt.study import report
 from gpt.study.record import record
 from gpt.study.subject import Subject, tiny
 
@@ -194,6 +194,10 @@ def test_what_an_element_was_computed_from_is_lit(written, open_page):
     assert lit(f"{heads}>m", [0, 1, 3]) == {f"{heads}>scores": [[3, s] for s in range(4)]}
     assert lit(f"{heads}>z", [0, 1, 3]) == {f"{heads}>scores": [[3, s] for s in range(4)], f"{heads}>m": [[1, 3]]}
     assert page.locator(".made .spelled .term").count() == 8
+    assert lit(heads, [0, 1, 3, 2]) == {
+        f"{heads}>p": [[3, s] for s in range(4)],
+        "blocks.0.attn.value.heads": [[s, 2] for s in range(4)],
+    }
     # A row of the table is learnt where its token stands, and nowhere else.
     token = int(recording.tensors["tokens"][0, 2])
     places = np.flatnonzero(recording.tensors["tokens"][0] == token).tolist()
@@ -437,3 +441,22 @@ def test_of_a_model_that_was_cut_a_sum_says_what_it_lacks(tmp_path, open_page, m
     assert "needs every number of the pass" in page.locator(".proof").inner_text()
     assert page.locator(".notes").inner_text().startswith("Of each tensor the first")
     page.evaluate("study.data.stations.forEach((station) => study.path.unfold(station.name))")
+
+
+@pytest.mark.parametrize("name", ["attention-grouped", "cross_entropy", "lora"])
+def test_of_a_layer_alone_the_gradients_are_proved_by_what_they_weigh(name, tmp_path, open_page):
+    """There is no loss: they are the gradients of the sum of dy times y."""
+    layer.show(name, out=str(tmp_path / "layer.html"))
+    page = open_page(tmp_path / "layer.html")
+    proved = 0
+    for key, packed in page.evaluate("study.data.tensors").items():
+        page.evaluate("([key, index]) => study.inspector.open(key, index)", [key, [n - 1 for n in packed["shape"]]])
+        value = page.evaluate("(key) => study.tensor(key).array.at(-1)", key)
+        assert float(page.locator(".inspector .value").inner_text()) == value
+        assert "not on this page" not in page.locator(".inspector").inner_text()
+        differentiated = page.evaluate("(key) => study.graph.gradientOf(key) !== undefined", key)
+        if differentiated and page.locator(".proof h4").count():
+            page.wait_for_selector(".proof .badge.passed")
+            proved += 1
+    assert proved >= 1
+    assert page.locator("section.part > h2").first.inner_text() == "The layer"
