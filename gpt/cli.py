@@ -119,6 +119,13 @@ def attention(argv: list[str]) -> None:
     print(*show(parse_config(AttentionConfig, argv, prog="twingrad attention")), sep="\n")
 
 
+def diverge(argv: list[str]) -> int:
+    """Name the first tensor on which two engines, or two checkpoints, part, and the operator that is enough for it."""
+    from gpt.study.diverge_cli import main
+
+    return main(argv)
+
+
 def data(argv: list[str]) -> int:
     """List the texts that can be trained on, download them, and encode a text or a folder of texts for training."""
     from gpt.data.cli import main
@@ -157,7 +164,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
     for command in (
         check, train, finetune, finetune_lora, finetune_full, generate, chat, classify, respond, evaluate, weights,
-        study, attention, data, tokenizer, doctor, demo, version,
+        study, diverge, attention, data, tokenizer, doctor, demo, version,
     )
 }  # fmt: skip
 

@@ -220,11 +220,13 @@ TORCH = Operators(
 )
 
 
-def choose(name: str = "auto", device: str | torch.device | None = None) -> Operators:
-    """The set of this name, "torch" or "triton", for a model on this device; "auto" is torch.
+def choose(name: str | Operators = "auto", device: str | torch.device | None = None) -> Operators:
+    """The set of this name, "torch" or "triton", for a model on this device; "auto" is torch. A set is taken as it is.
 
     UserError for an unknown name, and where kernels cannot run.
     """
+    if isinstance(name, Operators):
+        return name
     if name in ("auto", "torch"):
         return TORCH
     if name != "triton":

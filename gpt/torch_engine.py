@@ -24,7 +24,7 @@ from gpt.engine import (
 )
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.ops import choose, dpo, orpo, separate, token_logps
+from gpt.ops import Operators, choose, dpo, orpo, separate, token_logps
 from reference.config import GPTConfig
 
 
@@ -38,7 +38,7 @@ class TorchEngine:
         optimizer: OptimizerConfig,
         dtype: str = "float32",
         device: str = "auto",
-        operators: str = "auto",
+        operators: str | Operators = "auto",
         precision: str = "full",
         compile: bool = False,
     ) -> None:

@@ -8,12 +8,12 @@ gradient depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
-from gpt.engine import IGNORE, Arrays, Batch, Engine, Noise, OptimizerConfig, create_engine
+from gpt.engine import IGNORE, Arrays, Batch, Engine, Examples, Noise, OptimizerConfig, create_engine
 from gpt.parity.gates import ALGEBRA, Result, distance, error_of
 from gpt.parity.laws import DIFFERENCES, EXACT, relative
 from reference import cross_entropy, model
@@ -142,23 +142,34 @@ def compare_traces(
     name: str, gate: str, both: tuple[Engine, Engine], batch: Batch, noise: Noise, bound: float
 ) -> Iterator[Result]:
     """Hold the tensors of two engines against each other, until their names part."""
-    ours, theirs = (_traced(engine, batch, noise) for engine in both)
+    ours, theirs = (traced(engine, batch, noise) for engine in both)
     dtype = str(theirs[0][1].dtype)
-    for (tensor, got), (expected, true) in zip(ours, theirs, strict=False):
-        if tensor != expected:
-            note = f"the {both[1].name} engine has {expected} here"
-            yield Result(_label(name, both), gate, dtype, tensor, np.inf, 0.0, note)
-            return
-        yield Result(_label(name, both), gate, dtype, tensor, error_of(got, true), bound)
-    if len(ours) != len(theirs):
-        note = f"{len(ours)} tensors, and {len(theirs)} in the {both[1].name} engine"
-        yield Result(_label(name, both), gate, dtype, "length", np.inf, 0.0, note)
+    for tensor, got, true, note in paired(ours, theirs, both[1].name):
+        error, allowed = (np.inf, 0.0) if note else (error_of(got, true), bound)
+        yield Result(_label(name, both), gate, dtype, tensor, error, allowed, note)
 
 
-def _traced(engine: Engine, batch: Batch, noise: Noise) -> list[tuple[str, np.ndarray]]:
+def traced(engine: Engine, batch: Examples, noise: Noise | None) -> list[tuple[str, np.ndarray]]:
+    """Every tensor of a pass forward and backward with its name, in the order of execution; copies."""
     tensors: list[tuple[str, np.ndarray]] = []
     engine.trace(batch, lambda tensor, value: tensors.append((tensor, np.array(value))), noise)
     return tensors
+
+
+def paired(
+    ours: Sequence[tuple[str, np.ndarray]], theirs: Sequence[tuple[str, np.ndarray]], other: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
+    """The tensors of two traces side by side: name, ours, theirs, "".
+
+    Where their names part, or one ends before the other, the last that is given has a note that says so.
+    """
+    for (tensor, got), (expected, true) in zip(ours, theirs, strict=False):
+        if tensor != expected:
+            yield tensor, got, true, f"the {other} engine has {expected} here"
+            return
+        yield tensor, got, true, ""
+    if len(ours) != len(theirs):
+        yield "length", ours[-1][1], theirs[-1][1], f"{len(ours)} tensors, and {len(theirs)} in the {other} engine"
 
 
 def gradients(name: str) -> Iterator[Result]:
@@ -188,10 +199,14 @@ def _gradient_result(
     name: str, gate: str, case: str, tensor: str, got: np.ndarray, true: np.ndarray, truth: Arrays, bound: float
 ) -> Result:
     """The error relative to the true tensor's largest entry; the key's bias by name."""
-    if tensor.endswith(KEY_BIAS):
-        size = truth[tensor.replace("bias", "weight")]
-        return Result(f"model {name}", gate, case, tensor, error_of(got, true, size), bound, KEY_BIAS_NOTE)
-    return Result(f"model {name}", gate, case, tensor, error_of(got, true), bound)
+    note = KEY_BIAS_NOTE if tensor.endswith(KEY_BIAS) else ""
+    error = error_of(got, true, truth[measured_by(tensor)])
+    return Result(f"model {name}", gate, case, tensor, error, bound, note)
+
+
+def measured_by(tensor: str) -> str:
+    """The parameter whose gradient an error of this one's is relative to: itself, but for a key's bias."""
+    return tensor.removesuffix("bias") + "weight" if tensor.endswith(KEY_BIAS) else tensor
 
 
 def optimizer(name: str) -> Iterator[Result]:

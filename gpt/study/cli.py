@@ -43,18 +43,21 @@ def study(config: StudyConfig) -> int:
         return show(config.layer, config.yours or "", config.seed, "" if config.text_only else config.out or "")
     if config.yours is not None:
         raise UserError("yours: a file of your own is held against a layer, expected --layer NAME beside it")
+    from rich.console import Console
+
     from gpt.study.report import write_report
     from gpt.study.subject import loaded, tiny
 
-    start = time.perf_counter()
-    if config.model is None:
-        subject = tiny(config.text, config.steps, config.seed, config.dropout)
-    else:
-        subject = loaded(config.model, config.text, config.seed, config.dropout)
     path = Path(config.out or "report.html")
     if path.is_dir():
         raise UserError(f"out: {path} is a folder, expected a file to write, such as report.html")
-    write_report(path, subject)
+    start = time.perf_counter()
+    with Console(stderr=True).status("the model") as status:  # shown on a terminal alone
+        if config.model is None:
+            subject = tiny(config.text, config.steps, config.seed, config.dropout)
+        else:
+            subject = loaded(config.model, config.text, config.seed, config.dropout)
+        write_report(path, subject, status.update)
     size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
     print(f"{path}  {size:.1f} MB, {seconds:.1f} s; open it in a browser")
     return 0

@@ -22,7 +22,7 @@ __all__ = ["flash_of"]
 
 TILE = 4
 MOST_TOKENS = 32
-MOST_NUMBERS = 150_000  # of all heads' states: 1.6 MB of a page
+MOST_NUMBERS = 50_000  # of all heads' states: 0.5 MB of a page
 FORWARD, QUERIES, KEYS = ("s", "p", "shrink", "m", "l", "o"), ("kept", "ds", "dq"), ("kept", "ds", "dk", "dv")
 
 

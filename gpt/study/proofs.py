@@ -23,7 +23,7 @@ __all__ = ["derivative", "proofs_of"]
 
 FIRST_STEP, SHRINK, STEPS = 0.02, 3.0, 9  # down to 3e-6, of the tensor's largest entry
 BUDGET = 4e10  # multiplications: seconds
-FEWEST = 4  # elements, of a model however large
+FEWEST = 2  # elements, of a model however large
 
 
 def proofs_of(

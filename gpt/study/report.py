@@ -8,24 +8,36 @@ the first entries; the page says so, and its sums say what they lack.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpt.study.broken import broken_of
 from gpt.study.equations import Equation
+from gpt.study.flash import flash_of
+from gpt.study.flow import flow
+from gpt.study.heads import heads
+from gpt.study.laboratory import laboratory_of
+from gpt.study.laws import laws_of
 from gpt.study.page import pack, write
+from gpt.study.proofs import proofs_of
 from gpt.study.record import Recording, Step, differences_to_model, record
 from gpt.study.source import code_of, document_of
 from gpt.study.subject import Subject
+from gpt.study.training import training
 from reference.config import GPTConfig
 
 __all__ = ["build", "station", "write_report"]
 
-MOST_NUMBERS = 300_000  # of the stations' tensors: 3.2 MB of a page
+Progress = Callable[[str], None]
+MOST_NUMBERS = 220_000  # of the stations' tensors: 2.4 MB of a page
 LIMITS = (64, 48, 32, 24, 16, 12, 8, 6, 4)  # of an axis that is cut
 MOST_BLOCKS = 3
-SCRIPTS = ("equations", "inspector", "path")
+SCRIPTS = (
+    "equations", "inspector", "path", "bars", "attention", "flash", "training", "flow", "laboratory", "defects",
+)  # fmt: skip
 
 TITLES = {
     "tok_emb": "Token embedding", "pos_emb": "Position embedding", "emb": "Tokens and positions", "head": "Output head",
@@ -37,15 +49,16 @@ TITLES = {
 }  # fmt: skip
 
 
-def write_report(path: Path, subject: Subject) -> dict[str, Any]:
-    """Write the page; returns its data."""
-    data = build(subject)
+def write_report(path: Path, subject: Subject, progress: Progress = lambda what: None) -> dict[str, Any]:
+    """Write the page; returns its data. `progress` is told what is being computed."""
+    data = build(subject, progress)
     write(path, data["title"], data, SCRIPTS)
     return data
 
 
-def build(subject: Subject) -> dict[str, Any]:
+def build(subject: Subject, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Everything that the page shows."""
+    progress("both passes")
     recording = record(subject.config, subject.params, subject.tokens, subject.targets, subject.noise)
     compared, different = differences_to_model(recording, subject.noise)
     steps, notes = _shown(recording)
@@ -53,7 +66,15 @@ def build(subject: Subject) -> dict[str, Any]:
     if not complete:
         notes.append(f"Of each tensor the first {limit} entries along each axis are on this page.")
     tensors: dict[str, dict[str, Any]] = {}
-    stations = [station(step, recording, tensors, limit) for step in steps]
+    progress("laws")
+    laws = laws_of(recording, subject.noise)
+    progress("finite differences of the loss")
+    proofs = proofs_of(recording)
+    stations = [
+        station(step, recording, tensors, limit)
+        | {"laws": laws.get(step.name, []), "proofs": proofs.get(step.name, [])}
+        for step in steps
+    ]
     return {
         "title": f"Every gradient of {subject.name}",
         "text": "".join(subject.labels),
@@ -72,8 +93,27 @@ def build(subject: Subject) -> dict[str, Any]:
             for of, parts in recording.contributions.items()
             if len(parts) > 1 and f"d.{of}" in tensors
         },
-        "sections": {},
+        "sections": _sections(subject, recording, progress),
     }
+
+
+def _sections(subject: Subject, recording: Recording, progress: Progress) -> dict[str, Any]:
+    """What follows the path, each from a module of its own."""
+    labels, snapshots = subject.labels[:-1], subject.snapshots.items()
+    batch = subject.tokens, subject.targets
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "attention": lambda: heads(recording, labels),
+        "flash": lambda: flash_of(recording),
+        "training": lambda: training(subject.config, snapshots, *batch, labels, subject.spell, subject.curve),
+        "flow": lambda: flow(recording),
+        "laboratory": lambda: laboratory_of(recording),
+        "defects": lambda: broken_of(recording, subject.noise),
+    }
+    found = {}
+    for name, section in sections.items():
+        progress(name)
+        found[name] = section()
+    return found
 
 
 def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]], limit: int) -> dict[str, Any]:
@@ -101,8 +141,6 @@ def station(step: Step, recording: Recording, tensors: dict[str, dict[str, Any]]
         "constants": {name: float(v) for name, v in step.values.items() if isinstance(v, (int, float))},
         "code": code_of(step.operation),
         "doc": document_of(step.operation),
-        "proofs": [],
-        "laws": [],
     }
 
 

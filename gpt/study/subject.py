@@ -7,7 +7,7 @@ the text by heart, so that every table of it fits a page and its gradients have 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from reference.torch_rng import Generator
 __all__ = ["Subject", "loaded", "tiny"]
 
 MOST_TOKENS = 48  # that fit on the axes of a page
+MOST_WORDS = 300  # of a vocabulary that is spelled out on an axis
+MOST_LOGGED = 500
 MOST_PARAMETERS = 400_000_000  # in float64, with their gradients, 6.4 GB
 SNAPSHOTS = 10
 TINY = GPTConfig(2, MOST_TOKENS, 24, 2, 3, qkv_bias=True, tie_embeddings=True)
@@ -41,7 +43,9 @@ class Subject:
     targets: np.ndarray
     labels: list[str]  # of each token of the text, one more than T
     vocabulary: list[str]  # what each id stands for; empty where it is too long to be shown
+    spell: Callable[[int], str]  # what an id stands for
     noise: Noise | None = None
+    curve: Sequence[tuple[int, float]] = ()  # a run's steps and the losses that it logged, where it did
 
     @property
     def params(self) -> Arrays:
@@ -70,7 +74,9 @@ def tiny(text: str, steps: int = 30, seed: int = 1, dropout: float = 0.0) -> Sub
             engine.step(LR, 1.0)
     noise = PhiloxNoise(seed, steps) if dropout else None
     labels = [vocabulary[token] for token in ids[0]]
-    return Subject("a tiny GPT", config, snapshots, batch.inputs, batch.targets, labels, vocabulary, noise)
+    return Subject(
+        "a tiny GPT", config, snapshots, batch.inputs, batch.targets, labels, vocabulary, vocabulary.__getitem__, noise
+    )
 
 
 def loaded(source: str, text: str, seed: int = 1, dropout: float = 0.0) -> Subject:
@@ -100,11 +106,28 @@ def loaded(source: str, text: str, seed: int = 1, dropout: float = 0.0) -> Subje
     found = {step: load(path).params for step, path in snapshots(Path(source)).items()} if Path(source).is_dir() else {}
     chosen = sorted(found)[:: max(1, len(found) // SNAPSHOTS)] if size * len(found) < MOST_PARAMETERS else []
     models = {step: _arrays(source, found[step]) for step in chosen} or {0: _arrays(source, saved.params)}
-    labels = [tokenizer.decode([token]) for token in ids]
-    vocabulary = [tokenizer.decode([token]) for token in range(config.vocab_size)] if config.vocab_size <= 300 else []
+
+    def spell(token: int) -> str:
+        return tokenizer.decode([token]) if token < tokenizer.n_vocab else f"[{token}]"  # a model may have more
+
+    labels = [spell(token) for token in ids]
+    vocabulary = [spell(token) for token in range(config.vocab_size)] if config.vocab_size <= MOST_WORDS else []
     noise = PhiloxNoise(seed, 0) if dropout else None
     row = np.array([ids])
-    return Subject(str(source), config, models, row[:, :-1], row[:, 1:], labels, vocabulary, noise)
+    return Subject(
+        str(source), config, models, row[:, :-1], row[:, 1:], labels, vocabulary, spell, noise, _logged(Path(source))
+    )
+
+
+def _logged(run: Path) -> list[tuple[int, float]]:
+    """The losses of a run's training steps, of as many as a plot can show."""
+    from gpt.train.log import read_log
+
+    if not (run / "log.csv").is_file():
+        return []
+    log = read_log(run)
+    every = max(1, len(log["step"]) // MOST_LOGGED)
+    return [(int(step), float(loss)) for step, loss in zip(log["step"][::every], log["loss"][::every], strict=True)]
 
 
 def _with_dropout(config: GPTConfig, rate: float, **changes: Any) -> GPTConfig:

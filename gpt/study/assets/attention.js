@@ -53,7 +53,7 @@
       buttons.map((row, l) => el("div", { class: "row" }, el("span", {}, `layer ${layers[l]}`), row.map(({ button }) => button))));
     parent.append(element);
     function update() {
-      const [zero, high] = [study.colour("background"), study.colour("negative")];
+      const [zero, high] = [study.colour("background"), study.colour("positive")];
       buttons.forEach((row, l) => row.forEach(({ canvas }, h) => {
         const image = new ImageData(size, size);
         values(l, h).forEach((value, k) => {

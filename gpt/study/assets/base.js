@@ -338,6 +338,15 @@ const study = (() => {
       draw();
       if (lit[which].length && !selected) show(...lit[which][0]);
     }
+    /** Outlines of both kinds and the selection, in one go. */
+    function mark(first, second, cell) {
+      lit[1] = first;
+      lit[2] = second;
+      selected = cell;
+      draw();
+      const to = cell ?? first[0] ?? second[0];
+      if (to) show(...to);
+    }
     function update(changed, more = {}) {
       values = flat(changed);
       if ("max" in more) max = more.max;
@@ -350,7 +359,7 @@ const study = (() => {
       const box = canvas.getBoundingClientRect();
       return [box.left + left + (j + 0.5) * cell, box.top + top + (i + 0.5) * cell];
     };
-    const handle = { element, update, highlight, select, locate };
+    const handle = { element, update, highlight, select, mark, locate, outlined: lit };
     canvas.heatmap = handle;
     return handle;
   }
@@ -379,8 +388,11 @@ const study = (() => {
       -> {element, update({...})}. With onPick a click, a drag or the arrow keys pick the nearest x of the series. */
   function plot(parent, options) {
     let now = { ...options };
-    const element = el("figure", { class: "plot" });
+    const drawing = svg("svg", { role: "img" });
+    const [caption, legend] = [el("figcaption"), el("div", { class: "legend" })];
+    const element = el("figure", { class: "plot" }, caption, legend, drawing);
     parent.append(element);
+    let pick;
     const observer = new ResizeObserver(() => draw());
 
     function draw() {
@@ -435,36 +447,38 @@ const study = (() => {
         parts.push(svg("line", { x1: x, x2: x, y1: top, y2: height - bottom, class: "marker" }));
         if (now.markerLabel) parts.push(svg("text", { x: x + 5, y: top + 10, class: "label" }, now.markerLabel));
       }
-      const drawing = svg("svg", {
-        viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: now.onPick ? "0" : null,
+      drawing.replaceChildren(...parts);
+      for (const [name, value] of Object.entries({
+        viewBox: `0 0 ${width} ${height}`, height,
         "aria-label": `${now.title ?? now.ylabel ?? "Plot"} over ${now.xlabel ?? "x"}: ${now.series.map((line) => line.name).join(", ")}`,
-      }, parts);
-      if (now.onPick) {
-        drawing.style.cursor = "crosshair";
-        const places = [...new Set(now.series.flatMap((line) => [...line.x]))].filter((v) => finite(v, now.logx)).sort((a, b) => a - b);
-        const pick = (event) => {
-          const box = drawing.getBoundingClientRect();
-          const at = ((event.clientX - box.left) / box.width) * width;
-          const near = places.reduce((a, b) => (Math.abs(px(tx(b)) - at) < Math.abs(px(tx(a)) - at) ? b : a));
-          now.onPick(near);
-        };
-        drawing.addEventListener("pointerdown", pick);
-        drawing.addEventListener("pointermove", (event) => event.buttons && pick(event));
-        drawing.addEventListener("keydown", (event) => {
-          const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-          if (!step) return;
-          event.preventDefault();
-          const from = places.indexOf(places.reduce((a, b) => (Math.abs(b - now.marker) < Math.abs(a - now.marker) ? b : a)));
-          now.onPick(places[Math.max(0, Math.min(places.length - 1, from + step))]);
-        });
-      }
-      const focused = element.contains(document.activeElement);
-      const legend = now.series.length > 1 || now.series[0]?.name
-        ? el("div", { class: "legend" }, now.series.map((line, k) => el("span", {}, svg("svg", { viewBox: "0 0 22 8", style: "width:22px;height:8px;flex:none" },
-          svg("path", { d: "M0 4L22 4", class: "series", style: `stroke: var(--${line.colour ?? SERIES[k % SERIES.length]})`, "stroke-dasharray": line.dashed ? "5 4" : null })), line.name)))
-        : null;
-      element.replaceChildren(...[now.title ? el("figcaption", {}, now.title) : null, legend, drawing].filter(Boolean));
-      if (focused && now.onPick) drawing.focus({ preventScroll: true });
+      })) drawing.setAttribute(name, value);
+      const sample = (line, k) => svg("svg", { viewBox: "0 0 22 8", class: "sample" }, svg("path", {
+        d: "M0 4L22 4", class: "series", style: `stroke: var(--${line.colour ?? SERIES[k % SERIES.length]})`, "stroke-dasharray": line.dashed ? "5 4" : null,
+      }));
+      const several = now.series.length > 1 || now.series[0]?.name;
+      legend.replaceChildren(...(several ? now.series.map((line, k) => el("span", {}, sample(line, k), line.name)) : []));
+      caption.textContent = now.title ?? "";
+      /** The place of the series that is nearest to where the pointer is. */
+      pick = (clientX) => {
+        const box = drawing.getBoundingClientRect();
+        const at = ((clientX - box.left) / box.width) * width;
+        return places().reduce((a, b) => (Math.abs(px(tx(b)) - at) < Math.abs(px(tx(a)) - at) ? b : a));
+      };
+    }
+    const places = () => [...new Set(now.series.flatMap((line) => [...line.x]))].filter((v) => Number.isFinite(v) && (!now.logx || v > 0)).sort((a, b) => a - b);
+    if (now.onPick) {
+      drawing.setAttribute("tabindex", "0");
+      drawing.style.cursor = "crosshair";
+      drawing.addEventListener("pointerdown", (event) => now.onPick(pick(event.clientX)));
+      drawing.addEventListener("pointermove", (event) => event.buttons && now.onPick(pick(event.clientX)));
+      drawing.addEventListener("keydown", (event) => {
+        const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+        const all = places();
+        if (!step || !all.length) return;
+        event.preventDefault();
+        const from = all.reduce((a, b, i) => (Math.abs(b - now.marker) < Math.abs(all[a] - now.marker) ? i : a), 0);
+        now.onPick(all[Math.max(0, Math.min(all.length - 1, from + step))]);
+      });
     }
     draw();
     observer.observe(parent);

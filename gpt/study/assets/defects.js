@@ -21,7 +21,7 @@ study.section({
 
     const tokens = study.data.tokens ?? [];
     const buttons = data.defects.map((defect, k) =>
-      el("button", { type: "button", "aria-pressed": "false", "data-defect": defect.name, onclick: () => show(chosen === k ? null : k) }, defect.name));
+      el("button", { type: "button", "aria-pressed": "false", "data-defect": defect.name, onclick: () => show(k) }, defect.name));
     const sound = el("button", { type: "button", "aria-pressed": "false", onclick: () => show(null) }, "none: the sound pass");
     const list = el("div", { class: "switches", role: "group", "aria-label": "Mistakes" }, sound);
     for (const file of new Set(data.defects.map((defect) => defect.file))) {
@@ -44,10 +44,8 @@ study.section({
     element.append(el("div", { class: "defects" }, list, panel), tensors, others);
 
     const maps = []; // each is made once
-    let chosen = null;
 
     function show(k) {
-      chosen = k;
       sound.setAttribute("aria-pressed", String(k === null));
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === k)));
       const defect = k === null ? null : data.defects[k];
@@ -91,7 +89,8 @@ study.section({
       const at = defect.map.index.length ? ` at [${defect.map.index.join(", ")}]` : "";
       if (maps[k]) panel.append(maps[k].element);
       else maps[k] = study.heatmap(panel, {
-        values: study.unpack(defect.map).array, rows, columns, diverging: true, title: `${defect.first}${at}: wrong − sound`,
+        values: study.unpack(defect.map).array, rows, columns, diverging: true,
+        cell: Math.max(6, Math.min(20, Math.floor((panel.clientWidth - 40) / columns))), title: `${defect.first}${at}: wrong − sound`,
         rowLabels: labels(rows, defect.map.starts[0], shape.at(-2)), columnLabels: numbers(columns, defect.map.starts[1]),
       });
     }

@@ -282,9 +282,10 @@ study.equations = (() => {
       const a = build(parts[0], at, goals[0]);
       if (kind === "*" && a.zero) return a; // and so is what only multiplies a zero
       const b = build(parts[1], at, goals[1]);
-      const binding = BINDING[kind] ?? 0;
-      const sign = { "*": " · ", "**": "^", "-": " − ", "==": " = ", "!=": " ≠ ", "<=": " ≤ ", ">=": " ≥ " }[kind] ?? ` ${kind} `;
       const value = a.value === undefined || b.value === undefined ? undefined : operate(kind, a.value, b.value);
+      const sign = { "*": " · ", "**": "^", "-": " − ", "==": " = ", "!=": " ≠ ", "<=": " ≤ ", ">=": " ≥ " }[kind] ?? ` ${kind} `;
+      if (COMPARISONS.has(kind)) return { value, parts: ["[", ...inside(a, 1), sign, ...inside(b, 1), "]"], binding: ATOM };
+      const binding = BINDING[kind];
       return { value, parts: [...inside(a, binding), sign, ...inside(b, binding + (kind !== "+" && kind !== "*"))], binding };
     }
 

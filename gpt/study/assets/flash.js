@@ -101,7 +101,7 @@ study.section({
       formulas.textContent = FORMULAS[pass].join("\n");
       map.replaceChildren();
       matrix = drawn(map, pass, {
-        values: new Float64Array(T * T), rows: T, columns: T, rowLabels: tokens, columnLabels: tokens, rowTitle: "query", columnTitle: "key",
+        cell: Math.max(8, Math.min(16, Math.floor((element.clientWidth - 40) / T), Math.floor(420 / T))), values: new Float64Array(T * T), rows: T, columns: T, rowLabels: tokens, columnLabels: tokens, rowTitle: "query", columnTitle: "key",
         diverging: pass !== "forward", max: pass === "forward" ? 1 : largest(), title: pass === "forward" ? "weights as they are so far" : "ds, tile by tile",
       });
       go(0);
@@ -198,7 +198,7 @@ study.section({
       if (h === head.head) {
         inside.append(study.table(["query", "lse", "delta"], Array.from({ length: rows }, (_, i) => [word(r + i), number(lse.at(r + i)), number(delta.at(r + i))])));
       }
-      small("p, kept", part(states, "kept", rows, columns), { rowLabels: labels(r, rows), columnLabels: labels(c, columns), diverging: false, max: 1 });
+      small("p, kept", part(states, "kept", rows, columns), { rowLabels: labels(r, rows), columnLabels: labels(c, columns), diverging: false });
       small("ds, this tile", part(states, "ds", rows, columns), { rowLabels: labels(r, rows), columnLabels: labels(c, columns) });
       const scaled = (name, factor) => part(states, name, name === "dq" ? rows : columns).map((row) => row.map((x) => x * factor));
       if (pass === "queries") {

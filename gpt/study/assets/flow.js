@@ -30,8 +30,8 @@
       element.append(el("h3", {}, "This model with its shortcuts and without"), el("p", {},
         "The same parameters, the same text: once as the model is, once with every x + branch(x) of a block replaced by branch(x) alone. "
         + `The loss is ${number(data.with.loss, 5)} with shortcuts and ${number(data.without.loss, 5)} without, for which the model was never trained. `
-        + "Each branch begins with a norm, which scales what it is given to size 1: without shortcuts, gradients of a few such blocks may as well grow "
-        + "as shrink. What shortcuts do to a network that has no norms, the five layers below show."));
+        + "Each branch begins with a norm layer, which scales what it is given to size 1: without shortcuts, gradients of a few such blocks may as well grow "
+        + "as shrink. What shortcuts do to a network without such layers, the five layers below show."));
       const controls = el("div", { class: "controls" });
       element.append(controls);
       const MEASURES = {

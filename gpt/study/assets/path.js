@@ -75,12 +75,9 @@ study.path = (() => {
     const cell = (place) => [rank > 1 ? place[rank - 2] : 0, rank > 0 ? place[rank - 1] : 0];
     /** Outlines and selection as they are to be now. */
     function decorate() {
-      for (const kind of [1, 2]) {
-        const places = marked.lit.get(kind)?.get(key) ?? [];
-        map.highlight(places.filter(here).map(cell), kind);
-      }
+      const cells = (kind) => (marked.lit.get(kind)?.get(key) ?? []).filter(here).map(cell);
       const selected = (marked.key === key || marked.also === key) && here(marked.index);
-      map.select(...(selected ? cell(marked.index) : []));
+      map.mark(cells(1), cells(2), selected ? cell(marked.index) : null);
     }
     /** Turn to where something is to be seen, if it is not where the view is. */
     function follow() {

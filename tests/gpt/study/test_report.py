@@ -35,7 +35,7 @@ def subject_of(name):
     config, batch = parity.CONFIGS[name], parity.batch(parity.CONFIGS[name])
     tokens, targets = batch.inputs[:1], batch.targets[:1]
     labels = [str(token) for token in (*tokens[0], 0)]
-    return Subject(name, config, {0: parity.parameters(config)}, tokens, targets, labels, [], parity.noise())
+    return Subject(name, config, {0: parity.parameters(config)}, tokens, targets, labels, [], str, parity.noise())
 
 
 @pytest.mark.parametrize("name", parity.CONFIGS)
