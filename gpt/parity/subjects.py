@@ -223,17 +223,15 @@ def load_module(option: str, file: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         line = line_in(file, error)
-        at = f" at line {line}" if line else ""
-        raise UserError(f"{option}: {file} does not import{at}: {type(error).__name__}: {error}") from error
+        at = f" (line {line})" if line and not isinstance(error, SyntaxError) else ""  # which says so itself
+        raise UserError(f"{option}: {file} does not import: {type(error).__name__}: {error}{at}") from error
     return module
 
 
 def line_in(file: str, error: BaseException) -> int:
     """The last line of a file that an error came from; 0 where it came from elsewhere."""
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == Path(file).name:
-        return error.lineno or 0
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
-    return (lines or [0])[-1] or 0
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno or 0 for frame in reversed(frames) if Path(frame.filename) == Path(file)), 0)
 
 
 def to_tensor(array: np.ndarray, dtype: str, device: str) -> Any:

@@ -8,7 +8,7 @@ together, is here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,19 +52,24 @@ class _Problem(ops.Problem):
         return 1e-5 * min([size for size in sizes if size], default=1.0)
 
 
-def laws_of(recording: Recording, noise: Noise | None = None) -> dict[str, list[Entry]]:
+def laws_of(
+    recording: Recording, noise: Noise | None = None, steps: Sequence[Step] | None = None
+) -> dict[str, list[Entry]]:
     """Of each operation by name: what was measured, the error, its bound, whether it is within, and why it must be.
 
-    `noise` is what the pass was recorded with. An error that is no number has not passed.
+    `noise` is what the pass was recorded with; `steps`, if given, are those that are measured. An error that is no
+    number has not passed.
     """
-    found: dict[str, list[Entry]] = {step.name: [] for step in recording.steps}
+    steps = recording.steps if steps is None else steps
+    found: dict[str, list[Entry]] = {step.name: [] for step in steps}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        for step in recording.steps:
+        for step in steps:
             problem = _problem(step)
             for law in problem.row.laws:
                 found[step.name] += _entries(law(problem), law.__doc__)
         for name, law_doc, measures in _of_the_model(recording, noise):
-            found[name] += _entries(measures, law_doc)
+            if name in found:
+                found[name] += _entries(measures, law_doc)
     return found
 
 

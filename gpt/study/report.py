@@ -67,7 +67,7 @@ def build(subject: Subject, progress: Progress = lambda what: None) -> dict[str,
         notes.append(f"Of each tensor the first {limit} entries along each axis are on this page.")
     tensors: dict[str, dict[str, Any]] = {}
     progress("laws")
-    laws = laws_of(recording, subject.noise)
+    laws = laws_of(recording, subject.noise, steps)
     progress("finite differences of the loss")
     proofs = proofs_of(recording)
     stations = [

@@ -154,8 +154,8 @@ def test_right_wrong_and_unusable_are_three_statuses(tmp_path):
     [
         ("x = 1\n", "has neither a function forward nor a function backward"),
         ("forward = 3\n", "forward is int, expected a function"),
-        ("def forward(x)\n    return x\n", "does not import at line 1: SyntaxError"),
-        ("import numpy\nnumpy.nothing\n", "does not import at line 2: AttributeError"),
+        ("def forward(x)\n    return x\n", "does not import: SyntaxError: expected ':' (mine.py, line 1)"),
+        ("import numpy\nnumpy.nothing\n", "has no attribute 'nothing' (line 2)"),
         ("def forward(x, weight, bias):\n    y = x @ weight\n    return y, x\n",
          "mine.py, line 2: forward raised ValueError: matmul"),
         ("def forward(*, none_of_it):\n    return 1\n", "takes no x, expected forward(x, weight, bias)"),
