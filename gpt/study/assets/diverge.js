@@ -267,7 +267,8 @@
       const largest = found.agree ? tensors.reduce((a, b) => (b.error > a.error ? b : a)) : null;
       const groups = Object.entries(KINDS).map(([kind, title]) => ({ kind, title, members: tensors.filter((tensor) => tensor.kind === kind) })).filter((group) => group.members.length);
 
-      const named = (tensor) => el("span", { class: "name", title: `${tensor.name}: ${tensor.shape.join(" × ") || "a number"}` }, tensor.name,
+      const named = (tensor) => el("span", { class: "name", "data-tensor": tensor.name, title: `${tensor.name}: ${tensor.shape.join(" × ") || "a number"}` },
+        tensor.name.split(/(?<=\.)/).map((part, k) => [k ? el("wbr") : null, part]), // where there is no room, lines end after a dot
         tensor === tensors[first?.number] ? el("a", { href: "#first", class: "mark" }, "first beyond the bound") : tensor === largest ? el("span", { class: "mark" }, "the largest error") : null,
         tensor.note && tensor.note !== "not finite" ? el("span", { class: "muted note" }, tensor.note) : null);
       const blank = { rows: [], series: [{ name: "", values: [] }], log: true };
