@@ -20,6 +20,7 @@ from gpt.parity import check, model, subjects
 from gpt.parity.cli import interpret_without_gpu
 from gpt.study.bisect import Bisection, bisect
 from gpt.study.diverge import Divergence, First, Side, check_same_config, cut, diverge
+from gpt.study.diverge_page import check_out, write_page
 from gpt.tokenizers import ByteTokenizer
 from reference.config import GPTConfig
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     """Compare what `argv` asks for. Returns 1 if the two part."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
+    out = check_out(arguments.out) if arguments.out is not None else None
     uses_torch = {arguments.a, arguments.b} != {"numpy"}
     if uses_torch:
         require("torch", extra="torch")
@@ -62,12 +64,21 @@ def main(argv: list[str]) -> int:
             raise UserError(f"op: this model computes no {kernel.op}; choose a --model or a --config that does")
         swaps = bisect(sides, batch, dtype, model.noise(), device, progress) if arguments.bisect else None
     progress("")
+    notes = []
+    if kernel and not kernel.differentiable:
+        notes.append(f"what {kernel.name} returns cannot be differentiated: its gradient is PyTorch's own")
+    shown = page_data(found, swaps)
     if arguments.json:
-        print(json.dumps(page_data(found, swaps), indent=1))
+        print(json.dumps(shown, indent=1))
     else:
-        print(render(found, swaps))
-        if kernel and not kernel.differentiable:
-            print(f"\nwhat {kernel.name} returns cannot be differentiated: its gradient is PyTorch's own")
+        print("\n\n".join([render(found, swaps), *notes]))
+    if out is not None:
+        if _unswapped(found, swaps):
+            notes.append(UNSWAPPED)
+        notes = [f"{note[0].upper()}{note[1:]}." for note in notes]
+        write_page(out, shown, found.first, sides[0].config, _model(arguments), arguments.text, notes)
+        if not arguments.json:
+            print(f"\n{out}  {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0 if found.agree else 1
 
 
@@ -89,6 +100,9 @@ def _parser() -> Parser:
     parser.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="a function of tensors in the place of --op")
     parser.add_argument("--op", metavar="OP", help="the operator that --kernel computes")
     parser.add_argument("--bisect", action="store_true", help="swap operators one at a time: which alone is enough?")
+    parser.add_argument(
+        "--out", metavar="PAGE.html", help="write a page that shows all of it, to be opened in a browser"
+    )
     parser.add_argument("--json", action="store_true", help="print all that was measured as JSON")
     return parser
 
@@ -177,6 +191,13 @@ def _config_with(op: str | None) -> str:
     return "llama" if op in ("rms_norm", "add_rms_norm", "rope", "swiglu") else "tied"
 
 
+def _model(arguments: argparse.Namespace) -> str:
+    """What both sides compute, in words."""
+    if not arguments.model:
+        return f"{arguments.config or _config_with(arguments.op)}, a small one with random weights"
+    return f"{arguments.model} and {arguments.other}" if arguments.other else str(arguments.model)
+
+
 def _loaded(path: str, dtype: str) -> tuple[GPTConfig, dict[str, np.ndarray], Any]:
     from gpt.weights.load import load
 
@@ -226,9 +247,14 @@ def render(found: Divergence, swaps: Bisection | None = None) -> str:
         lines += _first_lines(found, found.first)
     if swaps:
         lines += ["", *_bisection_lines(swaps)]
-        if not (found.agree or swaps.culprits or swaps.together.parts):
+        if _unswapped(found, swaps):
             lines.append(UNSWAPPED)
     return "\n".join(lines)
+
+
+def _unswapped(found: Divergence, swaps: Bisection | None) -> bool:
+    """Whether the sides part and no swap does."""
+    return swaps is not None and not (found.agree or swaps.culprits or swaps.together.parts)
 
 
 def _first_lines(found: Divergence, first: First) -> list[str]:
