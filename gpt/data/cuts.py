@@ -9,8 +9,10 @@ So a cut is made there wherever there is such a place, and a document of up to P
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gpt.errors import UserError
 from gpt.tokenizers import Tokenizer
@@ -25,14 +27,17 @@ _FIRST = [re.compile(place) for place in (_LETTER, _BLACK)]
 _LAST = [re.compile(f".*{place}", re.DOTALL) for place in (_LETTER, _BLACK)]
 
 
-def encoded(blocks: Iterable[str], tokenizer: Tokenizer, continued: bool = False) -> Iterator[list[int]]:
+def encoded(
+    blocks: Iterable[str], tokenizer: Tokenizer, continued: bool = False
+) -> Iterator[Sequence[int] | np.ndarray]:
     """Token ids of a document that comes in blocks, piece by piece, the same as of the document encoded whole.
 
     `continued`: these are not its first blocks.
     """
+    begin: Callable[[str], Sequence[int] | np.ndarray] = getattr(tokenizer, "encode_array", tokenizer.encode)
     # A tokenizer that writes the beginning of a text differently has another method for what follows.
-    further = getattr(tokenizer, "encode_continued", tokenizer.encode)
-    encode, waiting = further if continued else tokenizer.encode, ""
+    further = getattr(tokenizer, "encode_continued", begin)
+    encode, waiting = further if continued else begin, ""
     for block in blocks:
         waiting += block
         if len(waiting) < PIECE:

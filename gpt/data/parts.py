@@ -17,7 +17,7 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,15 +101,16 @@ class _Writer:
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, report: Report) -> None:
         self.count = 0  # tokens
         self._file, self._tokenizer, self._report = file, tokenizer, report
-        self._waiting: list[int] = []
-        self._crc = 0
+        self._waiting: list[Sequence[int] | np.ndarray] = []
+        self._flushed = self._crc = 0
         file.write(bytes(_HEAD.size))
 
-    def add(self, ids: list[int]) -> None:
-        self._waiting += ids
-        self.count += len(ids)
-        if len(self._waiting) >= _TOGETHER:
-            self._flush()
+    def add(self, ids: Sequence[int] | np.ndarray) -> None:
+        if len(ids):
+            self._waiting.append(ids)
+            self.count += len(ids)
+            if self.count - self._flushed >= _TOGETHER:
+                self._flush()
 
     def close(self, starts: bytes, footer: bytes) -> None:
         """Write what else belongs to the part."""
@@ -121,9 +122,10 @@ class _Writer:
         self._file.write(_HEAD.pack(MAGIC, FORMAT, self._crc, length, len(starts), len(footer)))
 
     def _flush(self) -> None:
-        self._write(pack(self._waiting, self._tokenizer).tobytes())
-        self._report(0, len(self._waiting))
-        self._waiting = []
+        if self._waiting:
+            self._write(pack(np.concatenate(self._waiting), self._tokenizer).tobytes())
+            self._report(0, self.count - self._flushed)
+            self._waiting, self._flushed = [], self.count
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

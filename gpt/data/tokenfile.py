@@ -76,9 +76,7 @@ def pack(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     given = np.asarray(ids)
     if given.size and not 0 <= given.min() <= given.max() < tokenizer.n_vocab:
         wrong = given[(given < 0) | (given >= tokenizer.n_vocab)][0]
-        raise UserError(
-            f"{tokenizer.name} gave the id {wrong}, outside its vocabulary of {tokenizer.n_vocab}"
-        )
+        raise UserError(f"{tokenizer.name} gave the id {wrong}, outside its vocabulary of {tokenizer.n_vocab}")
     return given.astype(dtype, copy=False)
 
 

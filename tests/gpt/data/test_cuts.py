@@ -45,7 +45,12 @@ def huggingface():
     return tokenizers.HuggingFaceTokenizer(model.to_str())
 
 
-MADE = {"sentencepiece": pieces, "huggingface": huggingface}
+def bpe():
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    return tokenizers.train_bpe(WORDS, 300)
+
+
+MADE = {"bpe": bpe, "sentencepiece": pieces, "huggingface": huggingface}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def tokenizer_of(name, content, made):
     return made[name]
 
 
-NAMES = [pytest.param("gpt2", marks=needs_gpt2), "bytes", "simple-v1", "simple-v2", "sentencepiece"]
+NAMES = [pytest.param("gpt2", marks=needs_gpt2), "bytes", "simple-v1", "simple-v2", "bpe", "sentencepiece"]
 
 
 @pytest.mark.parametrize("name", NAMES)

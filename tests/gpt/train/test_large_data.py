@@ -34,7 +34,6 @@ class Watch(Progress):
     peak = 0
     def step(self, row):
         self.peak = max(self.peak, own())
-        self.seen = row.tokens
 
 watch = Watch()
 model = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "context_length": 64}
@@ -44,7 +43,8 @@ trainer, corpus = build(RunConfig(
 ), watch)
 first = own()
 result = trainer.run()
-print(json.dumps({"peak": watch.peak, "built": first, "windows": trainer.train_loader.n_windows, "tokens": result.tokens}))
+windows = trainer.train_loader.n_windows
+print(json.dumps({"peak": watch.peak, "built": first, "windows": windows, "tokens": result.tokens}))
 """
 
 
