@@ -47,7 +47,7 @@ def huggingface():
 
 def bpe():
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    return tokenizers.train_bpe(WORDS, 300)
+    return tokenizers.train_bpe(WORDS, 280)
 
 
 MADE = {"bpe": bpe, "sentencepiece": pieces, "huggingface": huggingface}
