@@ -1,4 +1,4 @@
-"""python -m bench cpu | layers | matmul | static | gpu: engines and kernels, against each other and their peers."""
+"""python -m bench cpu | layers | matmul | data | static | gpu: what this project computes, against its peers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import cpu, layers, matmul, static
+from bench import cpu, data, layers, matmul, static
 from gpt.errors import UserError, require
 from gpt.parity.cli import interpret_without_gpu
 
@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     steps.add_argument("--rounds", type=int, help="timed steps of each engine (default: by the case)")
     each = commands.add_parser("layers", help="every layer, forward and backward, of both engines (pytest-benchmark)")
     product = commands.add_parser("matmul", help="one matrix product on the CPU, and on a GPU where there is one")
+    encoding = commands.add_parser("data", help="preparing token files by several processes, against tiktoken alone")
+    encoding.add_argument("--megabytes", type=float, help=f"of text ({data.MEGABYTES})")
+    encoding.add_argument("--rounds", type=int, help=f"of each ({data.ROUNDS})")
     compiled = commands.add_parser("static", help="compile every kernel without a GPU: registers, spills, instructions")
     compiled.add_argument("layers", nargs="*", metavar="LAYER", help="layers or operators; all unless named")
     compiled.add_argument("--arch", type=int, action="append", choices=(80, 90, 100), help="of sm_80, sm_90, sm_100")
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu.add_argument("--tiny", action="store_true", help="sizes that try the benchmark itself, on any machine")
     on_gpu.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="also time this function, as operator --op")
     on_gpu.add_argument("--op", metavar="LAYER", help="the layer that --kernel computes")
-    for command in (steps, each, product, compiled, on_gpu):
+    for command in (steps, each, product, encoding, compiled, on_gpu):
         command.add_argument("--out", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args(argv)
     try:
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             return gpu.main(gpu.Options((*arguments.layers, *filter(None, [arguments.op])), **given))
         if arguments.command == "static":
             return static.main(arguments.layers, arguments.arch or (), arguments.out, arguments.against)
+        if arguments.command == "data":
+            return data.main(arguments.megabytes, arguments.rounds, arguments.out)
         if arguments.command == "matmul":
             return matmul.main(arguments.out)
         return cpu.main(arguments.cases, arguments.rounds, arguments.out)

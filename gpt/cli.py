@@ -127,7 +127,7 @@ def diverge(argv: list[str]) -> int:
 
 
 def data(argv: list[str]) -> int:
-    """List the texts that can be trained on, download them, and encode a text or a folder of texts for training."""
+    """List the texts that can be trained on, download them, and prepare one's own, encoded, for training."""
     from gpt.data.cli import main
 
     return main(argv)

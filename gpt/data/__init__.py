@@ -2,9 +2,10 @@
 
 from gpt.data.loader import Loader
 from gpt.data.order import BatchOrder
+from gpt.data.preparation import prepare
 from gpt.data.random_batches import RandomBatches
 from gpt.data.text import load_text, split_text, split_tokens
-from gpt.data.tokenfile import TokenFile, is_token_file, open_tokens, prepare
+from gpt.data.tokenfile import TokenFile, is_token_file, open_tokens
 from gpt.data.windows import WindowLoader
 
 __all__ = [

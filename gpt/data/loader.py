@@ -48,6 +48,13 @@ def check_same(state: dict[str, Any], **expected: int) -> None:
             )
 
 
+def check_data(state: dict[str, Any], data: str | None) -> None:
+    """UserError if the saved position is in other data than `data` says; where either says nothing, it passes."""
+    saved = state.get("data")
+    if saved and data and saved != data:
+        raise UserError(f"cannot continue: the data has changed since the checkpoint, it was {saved}, and is {data}")
+
+
 def as_tokens(ids: Sequence[int] | np.ndarray, max_length: int, vocab_size: int | None) -> np.ndarray:
     """ids as an integer array (N,), a view where it was one, with room for a window of max_length and its target.
 

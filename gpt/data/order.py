@@ -3,16 +3,19 @@
 DataLoader draws twice from the random stream. At the start of a pass it draws an int64 as base seed for its workers,
 whether it has any or not. When the first batch of a shuffled pass is asked for, RandomSampler draws an int64 as seed
 of a generator of its own, whose randperm is the order. So an unshuffled pass consumes one draw and a shuffled one
-two, and the stream that follows (dropout, initialisation) depends on it.
+two, and the stream that follows (dropout, initialisation) depends on it. Beyond a million rows the two draws are made
+as well, but the order is one that needs no memory (permutation.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
 from gpt.data.loader import check_positive, check_same
+from gpt.data.permutation import permutation
 from gpt.errors import UserError
 from reference.torch_rng import Generator
 
@@ -76,7 +79,7 @@ class Epoch:
         self.next = next_batch
         self.finished = False
         self._order = order
-        self._permutation: np.ndarray | None = None
+        self._permutation: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __iter__(self) -> Self:
         return self
@@ -88,14 +91,16 @@ class Epoch:
             raise StopIteration
         start = self.next * order.batch_size
         stop = min(start + order.batch_size, order.n_rows)
-        rows = self._permuted()[start:stop] if order.shuffle else np.arange(start, stop)
+        rows = np.arange(start, stop)
+        if order.shuffle:
+            rows = self._permuted(rows)
         self.next += 1
         return rows
 
-    def _permuted(self) -> np.ndarray:
+    def _permuted(self, positions: np.ndarray) -> np.ndarray:
         if self._permutation is None:
             if self.seed is None:
                 assert self._order.generator is not None
                 self.seed = self._order.generator.randint64()
-            self._permutation = Generator(self.seed).randperm(self._order.n_rows)
-        return self._permutation
+            self._permutation = permutation(self._order.n_rows, self.seed)
+        return self._permutation(positions)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt.data.loader import as_tokens, check_positive, check_same, windows_at
+from gpt.data.loader import as_tokens, check_data, check_positive, check_same, windows_at
 from gpt.engine import Batch
 from reference.torch_rng import Generator
 
@@ -21,7 +21,8 @@ __all__ = ["RandomBatches"]
 class RandomBatches:
     """Random windows over ids (N,): inputs and targets (B, max_length), int64; see Loader for iteration and state.
 
-    A pass has `steps_per_epoch` batches, or no end where that is None; then `len` raises TypeError.
+    A pass has `steps_per_epoch` batches, or no end where that is None; then `len` raises TypeError. `data` says in a
+    few words which tokens these are, and a position saved in others is refused.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class RandomBatches:
         generator: Generator,
         steps_per_epoch: int | None = None,
         vocab_size: int | None = None,
+        data: str | None = None,
     ) -> None:
         check_positive(batch_size=batch_size, max_length=max_length)
         if steps_per_epoch is not None:
             check_positive(steps_per_epoch=steps_per_epoch)
         self.tokens = as_tokens(ids, max_length, vocab_size)
+        self.data = data
         self.batch_size = batch_size
         self.max_length = max_length
         self.generator = generator
@@ -68,9 +71,10 @@ class RandomBatches:
 
     def state(self) -> dict[str, Any]:
         """JSON-able: the sizes and the number of batches handed out in the tracked pass."""
-        return {"n_tokens": len(self.tokens), "batch_size": self.batch_size, "next": self._next}
+        return {"data": self.data, "n_tokens": len(self.tokens), "batch_size": self.batch_size, "next": self._next}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_data(state, self.data)
         check_same(state, n_tokens=len(self.tokens), batch_size=self.batch_size)
         self._next = state["next"]
         self._loaded = True

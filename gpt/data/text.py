@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from gpt.data import catalogue
 from gpt.errors import UserError
 
-__all__ = ["load_text", "read_blocks", "read_text", "split_text", "split_tokens"]
+__all__ = ["decoded", "load_text", "read_blocks", "read_bytes", "read_text", "split_text", "split_tokens"]
 
 BLOCK = 1 << 20  # bytes
 
@@ -33,31 +34,42 @@ def read_text(path: Path) -> str:
     return "".join(read_blocks(path))
 
 
-def read_blocks(path: Path, watch: Callable[[bytes], object] | None = None) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces of about 1 MiB; `watch` is shown the bytes as they are read.
+def read_blocks(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file in pieces of about 1 MiB.
 
     UserError names the file and the offset of the first byte that is not UTF-8.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    decoded = 0  # bytes
+    return decoded(read_bytes(path), path)
+
+
+def read_bytes(
+    path: Path, begin: int = 0, end: int | None = None, watch: Callable[[int], object] | None = None
+) -> Iterator[bytes]:
+    """Bytes begin..end-1 of a file, or to its end, in pieces of at most 1 MiB; `watch` is told the length of each."""
     try:
         with open(path, "rb") as file:
-            while True:
-                data = file.read(BLOCK)
+            file.seek(begin)
+            while data := file.read(BLOCK if end is None else min(BLOCK, end - file.tell())):
                 if watch is not None:
-                    watch(data)
-                waiting = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path} is not UTF-8: byte {decoded - waiting + error.start}") from None
-                if text:
-                    yield text
-                if not data:
-                    return
-                decoded += len(data)
+                    watch(len(data))
+                yield data
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def decoded(blocks: Iterable[bytes], path: Path, first: int = 0) -> Iterator[str]:
+    """The text of bytes in UTF-8 that come in blocks. `path`, and the offset of the first byte: for the UserError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = first
+    for data in itertools.chain(blocks, [b""]):
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: byte {offset - waiting + error.start}") from None
+        if text:
+            yield text
+        offset += len(data)
 
 
 def split_text(text: str, fraction: float = 0.9) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt.data.loader import as_tokens, check_positive, windows_at
+from gpt.data.loader import as_tokens, check_data, check_positive, windows_at
 from gpt.data.order import BatchOrder
 from gpt.engine import Batch
 from reference.torch_rng import Generator
@@ -22,7 +22,8 @@ __all__ = ["WindowLoader"]
 class WindowLoader:
     """Batches of windows over ids (N,), in the order of PyTorch's DataLoader; see Loader for iteration and state.
 
-    A batch holds inputs and targets (B, max_length), int64. Of memory-mapped ids only the windows are read.
+    A batch holds inputs and targets (B, max_length), int64. Of memory-mapped ids only the windows are read. `data` says
+    in a few words which tokens these are, and a position saved in others is refused.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class WindowLoader:
         drop_last: bool,
         generator: Generator | None = None,
         vocab_size: int | None = None,
+        data: str | None = None,
     ) -> None:
         check_positive(batch_size=batch_size, max_length=max_length, stride=stride)
         self.tokens = as_tokens(ids, max_length, vocab_size)
+        self.data = data
         self.max_length = max_length
         self.stride = stride
         self.n_windows = len(range(0, len(self.tokens) - max_length, stride))
@@ -54,9 +57,10 @@ class WindowLoader:
         return map(self._batch, self.order.epoch())
 
     def state(self) -> dict[str, Any]:
-        return self.order.state()
+        return {"data": self.data, **self.order.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_data(state, self.data)
         self.order.load_state(state)
 
     def _batch(self, rows: np.ndarray) -> Batch:

@@ -55,6 +55,11 @@ class BPETokenizer:
         allowed = checked_special(allowed_special, self.special) & set(self.special)
         return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode(text)` as an array (T,) uint32, which takes tiktoken less time than a list."""
+        utf8(text)
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self._encoding.decode_bytes(checked_ids(ids, self.n_vocab))
 

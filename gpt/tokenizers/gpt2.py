@@ -45,6 +45,11 @@ class GPT2Tokenizer:
         utf8(text)
         return self._encoding.encode(text, allowed_special=checked_special(allowed_special), disallowed_special=())
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode(text)` as an array (T,) uint32, which takes tiktoken less time than a list."""
+        utf8(text)
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self._encoding.decode_bytes(checked_ids(ids, self.n_vocab))
 

@@ -7,6 +7,7 @@ in the book, where `torch.manual_seed` comes before the model is made. So a seed
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from gpt.data import (
 )
 from gpt.data.encoded import encode_split
 from gpt.data.files import atomic_write
-from gpt.data.tokenfile import MAGIC
+from gpt.data.tokenfile import MAGIC, fingerprint
+from gpt.data.workers import cores
 from gpt.engine import Engine, create_engine
 from gpt.errors import UserError
 from gpt.generate import Sampling, generate
@@ -65,6 +67,7 @@ class Corpus:
     tokenizer: Tokenizer
     train_ids: np.ndarray  # (N,)
     validation_ids: np.ndarray  # (M,)
+    data: str  # which tokens these are, in a few words: their number and checksum
 
 
 def train(config: RunConfig, progress: Progress | None = None) -> Result:
@@ -117,7 +120,7 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
             f"max_length: expected at most the model's context_length {model.context_length}, got {max_length}"
         )
     loaders = [
-        _loader(config.loader, split, ids, max_length, generator)
+        _loader(config.loader, split, ids, max_length, generator, corpus.data)
         for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
     ]
     trainer = Trainer(
@@ -165,7 +168,9 @@ def load_corpus(config: RunConfig, spec: Mapping[str, Any] | None = None) -> Cor
                 return _split_file(open_tokens(path, wanted), fraction)
     text = load_text(config.data)
     tokenizer = default or tokenizers.load(config.tokenizer or "bytes", text)
-    return Corpus(tokenizer, *encode_split(text, tokenizer, fraction))
+    train_ids, validation_ids = encode_split(text, tokenizer, fraction)
+    crc32 = zlib.crc32(validation_ids.tobytes(), zlib.crc32(train_ids.tobytes()))
+    return Corpus(tokenizer, train_ids, validation_ids, fingerprint(len(train_ids) + len(validation_ids), crc32))
 
 
 def _encode_folder(config: RunConfig, folder: Path, default: Tokenizer | None) -> TokenFile:
@@ -173,11 +178,11 @@ def _encode_folder(config: RunConfig, folder: Path, default: Tokenizer | None) -
     target, tokenizer = Path(config.out, "corpus.tokens"), default or tokenizers.load(config.tokenizer or "bytes")
     if config.resume and target.exists():
         return open_tokens(target, tokenizer)
-    return prepare(folder, target, tokenizer)
+    return prepare(folder, target, tokenizer, "*.txt", processes=cores())
 
 
 def _split_file(file: TokenFile, fraction: float) -> Corpus:
-    return Corpus(tokenizers.from_spec(file.tokenizer), *split_tokens(file.ids, fraction))
+    return Corpus(tokenizers.from_spec(file.tokenizer), *split_tokens(file.ids, fraction), file.fingerprint)
 
 
 def model_config(config: ModelConfig, n_vocab: int, saved: SavedModel | None, classifies: bool = False) -> GPTConfig:
@@ -204,16 +209,18 @@ def model_config(config: ModelConfig, n_vocab: int, saved: SavedModel | None, cl
     return model
 
 
-def _loader(config: LoaderConfig, split: str, ids: np.ndarray, max_length: int, generator: Generator) -> Loader:
+def _loader(
+    config: LoaderConfig, split: str, ids: np.ndarray, max_length: int, generator: Generator, data: str
+) -> Loader:
     """The loader of one split; the validation split is read in order, to its end."""
     training = split == "training"
     try:
         if config.sampling == "random":
             per_epoch = max(1, len(ids) // (config.batch_size * max_length))
-            return RandomBatches(ids, config.batch_size, max_length, generator, per_epoch)
+            return RandomBatches(ids, config.batch_size, max_length, generator, per_epoch, data=data)
         shuffle, drop_last = training and config.shuffle, training and config.drop_last
         stride = config.stride or max_length
-        return WindowLoader(ids, config.batch_size, max_length, stride, shuffle, drop_last, generator)
+        return WindowLoader(ids, config.batch_size, max_length, stride, shuffle, drop_last, generator, data=data)
     except UserError as error:
         raise UserError(f"{split} split: {error}") from None
 

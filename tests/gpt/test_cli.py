@@ -373,30 +373,13 @@ def test_data_get_names_the_closest_data_set(capsys):
     assert shown.count("\n") == 1
 
 
-def test_data_encode_writes_a_token_file(tmp_path, capsys):
+def test_data_prepare_writes_a_token_file(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc", encoding="utf-8")
     (tmp_path / "b.txt").write_text("de", encoding="utf-8")
-    assert cli.main(["data", "encode", str(tmp_path), str(tmp_path / "out.bin"), "--tokenizer", "bytes"]) == 0
-    shown = capsys.readouterr().out
-    assert "of 257 from 2 files" in shown
-    assert open_tokens(tmp_path / "out.bin").ids.tolist()[:4] == [97, 98, 99, 256]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("nowhere out.bin", "nowhere: no such file or folder"),
-        (". out.bin --tokenizer gpt3", "unknown tokenizer 'gpt3'"),
-        (".", "the following arguments are required: target"),
-    ],
-)
-def test_data_encode_refuses_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["data", "encode", *arguments.split()]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith(f"error: {message}")
-    assert shown.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    out = tmp_path / "out.tokens"
+    assert cli.main(["data", "prepare", str(tmp_path), "--out", str(out), "--tokenizer", "bytes"]) == 0
+    assert capsys.readouterr().out == f"{out}: 6 tokens of 257 from 2 files\n"
+    assert open_tokens(out).ids.tolist()[:4] == [97, 98, 99, 256]
 
 
 def test_the_run_config_has_no_ambiguous_flag():

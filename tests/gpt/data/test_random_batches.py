@@ -105,3 +105,10 @@ def test_a_position_of_another_text_is_refused():
     state = RandomBatches(IDS, 2, 8, Generator(3)).state()
     with pytest.raises(UserError, match="cannot continue"):
         RandomBatches(IDS[:-1], 2, 8, Generator(3)).load_state(state)
+
+
+def test_a_position_in_other_data_is_refused():
+    state = RandomBatches(IDS, 2, 8, Generator(3), data="these").state()
+    with pytest.raises(UserError, match="^cannot continue: the data has changed .* it was these, and is those$"):
+        RandomBatches(IDS, 2, 8, Generator(3), data="those").load_state(state)
+    RandomBatches(IDS, 2, 8, Generator(3), data="these").load_state(state)

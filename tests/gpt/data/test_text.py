@@ -18,9 +18,17 @@ def small_blocks(monkeypatch):
 def test_blocks_join_to_the_text_though_characters_are_cut(tmp_path, small_blocks):
     path, content = tmp_path / "text", "aé☃😀\r\n" * 5 + "\ufeff"
     path.write_bytes(content.encode())
-    seen = []
-    assert "".join(read_blocks(path, seen.append)) == content == read_text(path)
-    assert b"".join(seen) == content.encode()
+    assert "".join(read_blocks(path)) == content == read_text(path)
+
+
+def test_a_range_of_bytes_is_read_and_its_length_told(tmp_path, small_blocks):
+    path, content = tmp_path / "text", bytes(range(40))
+    path.write_bytes(content)
+    for begin, end in ((0, None), (3, 21), (5, 5), (38, 40)):
+        seen = []
+        assert b"".join(text.read_bytes(path, begin, end, seen.append)) == content[begin:end]
+        assert sum(seen) == len(content[begin:end])
+        assert all(0 < length <= 4 for length in seen)
 
 
 @pytest.mark.parametrize("offset", range(8))

@@ -1,11 +1,10 @@
-"""Token files: what goes in comes out, piecewise encoding equals whole encoding, damage is noticed."""
+"""Token files: what goes in comes out, damage is noticed, what does not fit is refused."""
 
 import errno
-import hashlib
 import json
 import os
 import struct
-import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -13,15 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt import tokenizers
-from gpt.data import WindowLoader, is_token_file, loader, open_tokens, prepare, text, tokenfile
+from gpt.data import is_token_file, open_tokens
 from gpt.data.tokenfile import write_tokens
 from gpt.errors import UserError
-from reference.torch_rng import Generator
 
 BYTES = tokenizers.load("bytes")
-needs_gpt2 = pytest.mark.skipif(
-    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary"
-)
 reuses_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -57,63 +52,40 @@ def test_uint16_holds_65536_tokens_and_uint32_more(tmp_path):
         assert (opened.ids.dtype, opened.ids[0]) == (dtype, n_vocab - 1)
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "bytes", "simple-v1", "simple-v2"])
-@reuses_folder
-@given(
-    content=st.text(
-        st.one_of(st.sampled_from(" \n\t\r'abs1,.-\u00a0\u2003\x1c☃"), st.characters(exclude_categories=["Cs"])),
-        max_size=80,
-    ),
-    block=st.integers(1, 9),
-)
-def test_encoding_in_pieces_equals_encoding_whole(tmp_path, name, content, block):
-    path, tokenizer = tmp_path / "text", tokenizers.load(name, content)
-    path.write_bytes(content.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "BLOCK", block)
-        ids = [i for piece in tokenfile._encoded(text.read_blocks(path), tokenizer) for i in piece]
-    assert ids == tokenizer.encode(content)
+@pytest.mark.parametrize("id", [-1, 257, 65535, 65536, 2**40, 2**70])
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path, id):
+    with pytest.raises(UserError, match=f"bytes gave the id {id}, outside its vocabulary of 257"):
+        write_tokens(tmp_path / "tokens", [[1, id, 2]], BYTES)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_its_tokens_and_its_digest(tmp_path):
-    (tmp_path / "a.txt").write_bytes("snow ☃".encode())
-    opened = prepare(tmp_path / "a.txt", tmp_path / "out" / "a.tokens", BYTES)
-    assert opened.ids.tolist() == BYTES.encode("snow ☃")
-    (source,) = opened.sources
-    assert (source.name, source.bytes) == ("a.txt", 8)
-    assert source.sha256 == hashlib.sha256("snow ☃".encode()).hexdigest()
+def test_a_vocabulary_beyond_32_bits_is_refused(tmp_path):
+    tokenizer = tokenizers.ByteTokenizer()
+    tokenizer.n_vocab = 2**32 + 1
+    with pytest.raises(UserError, match="at most 32 bits, and a vocabulary of 4,294,967,297 needs more"):
+        write_tokens(tmp_path / "tokens", [[1]], tokenizer)
 
 
-def test_documents_of_a_folder_are_separated_by_the_end_token(tmp_path):
-    for name, content in {"b.txt": "two", "a.txt": "one", "empty.txt": "", "sub/c.txt": "3", "other.md": "no"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    opened = prepare(tmp_path, tmp_path / "out.tokens", BYTES)
-    assert BYTES.decode(opened.ids) == "one<|endoftext|>two<|endoftext|>3"
-    assert [source.name for source in opened.sources] == ["a.txt", "b.txt", "empty.txt", "sub/c.txt"]
-    assert BYTES.decode(prepare(tmp_path, tmp_path / "out.tokens", BYTES, pattern="*.md").ids) == "no"
-    with pytest.raises(UserError, match=r"holds no file that matches '\*.rst'"):
-        prepare(tmp_path, tmp_path / "out.tokens", BYTES, pattern="*.rst")
-    with pytest.raises(UserError, match="simple-v1 has no end token to separate 4 documents"):
-        prepare(tmp_path, tmp_path / "out.tokens", tokenizers.load("simple-v1", "one two 3"))
+def test_a_fingerprint_tells_tokens_apart(tmp_path):
+    def written(name, ids):
+        write_tokens(tmp_path / name, [ids], BYTES)
+        return open_tokens(tmp_path / name).fingerprint
+
+    assert written("a", [1, 2, 3]) == written("b", [1, 2, 3])
+    assert len({written("c", ids) for ids in ([1, 2, 3], [1, 2, 4], [2, 1, 3], [1, 2])}) == 4
 
 
-def test_the_end_token_in_a_text_is_text(tmp_path):
-    (tmp_path / "a.txt").write_text("a<|endoftext|>b", encoding="utf-8")
-    assert 256 not in prepare(tmp_path / "a.txt", tmp_path / "out", BYTES).ids
-
-
-def test_a_failed_preparation_leaves_what_was_there(tmp_path):
-    (tmp_path / "a.txt").write_text("good", encoding="utf-8")
-    target = tmp_path / "out.tokens"
-    prepare(tmp_path / "a.txt", target, BYTES)
-    (tmp_path / "b.txt").write_bytes(b"bad \xff")
-    with pytest.raises(UserError, match=r"b\.txt is not UTF-8: byte 4"):
-        prepare(tmp_path, target, BYTES)
-    with pytest.raises(UserError, match=r"cannot read .*absent"):
-        prepare(tmp_path / "absent", target, BYTES)
-    assert BYTES.decode(open_tokens(target).ids) == "good"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "out.tokens"]
+def test_a_file_from_before_checksums_were_kept_is_read(tmp_path):
+    write_tokens(tmp_path / "a", [[1, 2, 3]], BYTES)
+    data = (tmp_path / "a").read_bytes()
+    facts = json.loads(data[38:])
+    del facts["crc32"]
+    footer = json.dumps(facts).encode()
+    head = data[:12] + struct.pack("<IQQ", zlib.crc32(footer), 6, len(footer))
+    (tmp_path / "b").write_bytes(head + data[32:38] + footer)
+    opened = open_tokens(tmp_path / "b")
+    assert opened.ids.tolist() == [1, 2, 3]
+    assert opened.fingerprint == "3 tokens"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
@@ -124,24 +96,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*tokens: No space left on device"):
         write_tokens(tmp_path / "tokens", [[1, 2]], BYTES)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_corpus_is_prepared_in_bounded_memory(tmp_path, monkeypatch):
-    """Eight times as much text needs no more memory, and far less than its tokens take."""
-    monkeypatch.setattr(text, "BLOCK", 1 << 12)
-    monkeypatch.setattr(loader, "PIECE", 1 << 12)
-    peaks = []
-    for repeats in (5_000, 40_000):
-        path = tmp_path / "corpus.txt"
-        path.write_text("ten letters " * repeats, encoding="utf-8")
-        tracemalloc.start()
-        opened = prepare(path, tmp_path / "corpus.tokens", BYTES)
-        batches = iter(WindowLoader(opened.ids, 4, 16, 1024, True, False, Generator(0), opened.n_vocab))
-        assert next(batches).inputs.shape == (4, 16)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-        assert len(opened.ids) == 12 * repeats
-    assert peaks[1] < 1.2 * peaks[0] < 12 * 40_000 / 2
 
 
 @pytest.fixture

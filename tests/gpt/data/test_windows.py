@@ -199,3 +199,18 @@ def test_only_what_a_batch_covers_is_read_of_a_memory_map(tmp_path):
     assert np.shares_memory(loader.tokens, ids)
     for batch in itertools.islice(loader, 3):
         assert batch.inputs.shape == (4, 1024)
+
+
+def test_a_position_in_other_data_is_refused():
+    def loader(data):
+        return WindowLoader(range(30), 2, 4, 4, True, False, Generator(5), data=data)
+
+    first = loader("30 tokens with checksum 00000001")
+    next(iter(first))
+    state = json.loads(json.dumps(first.state()))
+    with pytest.raises(
+        UserError, match="^cannot continue: the data has changed .* it was 30 tokens .*1, and is 30 .*2$"
+    ):
+        loader("30 tokens with checksum 00000002").load_state(state)
+    loader(None).load_state(state)
+    loader("30 tokens with checksum 00000002").load_state(loader(None).state())

@@ -37,7 +37,7 @@ def test_a_trained_tokenizer_encodes_and_trains(kind, file, text, tmp_path, caps
     assert f"{kind}, 300 tokens" in capsys.readouterr().out
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["text.txt", file])  # nothing half written
 
-    assert run("data", "encode", text, tmp_path / "text.tokens", "--tokenizer", path) == 0
+    assert run("data", "prepare", text, "--out", tmp_path / "text.tokens", "--tokenizer", path) == 0
     assert tokenizer.decode(open_tokens(tmp_path / "text.tokens", tokenizer).ids) == TEXT
 
     flags = ["--preset", "bytes-tiny", "--engine", "numpy", "--steps", 1, "--max_length", 8, "--eval_every", 0]

@@ -155,6 +155,22 @@ def test_resumes_only_what_it_was(config, tmp_path):
     assert not from_dict(RunConfig, read_yaml(tmp_path / "run" / "config.yaml")).resume
 
 
+@pytest.mark.parametrize("kind", ["token file", "text"])
+def test_data_that_has_changed_is_not_resumed_on(config, tmp_path, kind):
+    text = Path(config.data)
+    if kind == "token file":
+        config = replace(config, data=str(tmp_path / "fox.tokens"))
+        prepare(text, Path(config.data), tokenizers.load("bytes"))
+    train(replace(config, train=replace(config.train, steps=7)), Heard())
+    text.write_text(TEXT.replace("mind", "care"))  # as long as it was
+    if kind == "token file":
+        prepare(text, Path(config.data), tokenizers.load("bytes"))
+    expected = r"^cannot continue: the data has changed since the checkpoint, it was 1,440 tokens with .*, and is 1,440"
+    with pytest.raises(UserError, match=expected) as error:
+        train(replace(config, resume=True), Heard())
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_again(config, tmp_path):
     train(replace(config, train=replace(config.train, steps=3)), Heard())
     folder = find_checkpoint(tmp_path / "run", "last")
