@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     config = GPTConfig(257, 2 * LENGTH, 32, 1, 1, qkv_bias=True, tie_embeddings=True)
     engine = create_engine("numpy", config, initialize(config, Generator(1), "gpt2"), OptimizerConfig(weight_decay=0))
     rng = np.random.default_rng(0)
-    for step in range(601):
+    for step in range(751):
         if step % 150 == 0:
             save_model(folder / f"step-{step:08d}.safetensors", engine.parameters(), config, ByteTokenizer().spec())
         engine.accumulate(copies(rng))
@@ -82,7 +82,7 @@ def test_the_head_that_must_learn_to_look_back_does_and_is_seen(run):
         saved = load(path)
         maps = capture(create_engine("numpy", saved.config, saved.params), tokens)
         tracked.append(np.mean([maps[0, 0, t, t + 1 - LENGTH] for t in range(LENGTH, 2 * LENGTH - 1)]))
-    assert len(tracked) == 5
+    assert len(tracked) == 6
     assert tracked[0] < 0.2
     assert tracked[-1] > 0.8
     assert tracked[-1] > tracked[1]
@@ -98,7 +98,7 @@ def test_the_command_draws_maps_an_animation_and_a_track(run, tmp_path, capsys):
     from PIL import Image
 
     with Image.open(tmp_path / "out" / "evolution.gif") as animation:
-        assert animation.n_frames == 5
+        assert animation.n_frames == 6
     with Image.open(tmp_path / "out" / "maps.png") as image:
         assert min(image.size) > 300
 
