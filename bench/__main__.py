@@ -1,4 +1,4 @@
-"""python -m bench cpu | sweep | quality | layers | matmul | static | gpu | compare | report: how fast it is, beside its peers."""
+"""python -m bench cpu | sweep | quality | layers | matmul | static | gpu | compare | report: how fast, beside whom."""
 
 from __future__ import annotations
 

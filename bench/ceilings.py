@@ -1,8 +1,8 @@
 """What this machine's CPU can do at most, measured in the same run: products summed and bytes moved in a second.
 
-The product is of square matrices in float32, large enough that a library reaches its best rate, by NumPy and by PyTorch;
-the copy is of memory far larger than the caches, by all cores, and counts each byte read and written. A ceiling is the best
-of all rounds, since nothing makes a machine faster than it is.
+The product is of square matrices in float32, large enough that a library reaches its best rate, by NumPy and by
+PyTorch; the copy is of memory far larger than the caches, by all cores, and counts each byte read and written. A
+ceiling is the best of all rounds, since nothing makes a machine faster than it is.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """python -m bench compare A.json B.json: which differences between two results exceed the noise.
 
-A row speaks of one contestant of one case. What is compared is its time in units of its control's in the same round, where
-the control is a peer whose code is not ours, such as the plain PyTorch loop (contest.CONTROLS): what the machine did in
-that minute befell both, and divides out. The control itself has no control, so its row compares times alone: it tells how
-the machine's mood changed between the runs. `times` compares times alone everywhere.
+A row speaks of one contestant of one case. What is compared is its time in units of its control's in the same round,
+where the control is a peer whose code is not ours, such as the plain PyTorch loop (contest.CONTROLS): what the
+machine did in that minute befell both, and divides out. The control itself has no control, so its row compares times
+alone: it tells how the machine's mood changed between the runs. `times` compares times alone everywhere.
 
-Each session of a result gives one number, the median of its rounds, and the interval around the change is Welch's for the
-means of their logarithms (stats.py): it is as wide as sessions differ, not as rounds of one process do. There are many
-rows, and each might err: with m of them each interval has confidence 1 - 0.05 / m (Bonferroni), so that in 95 of 100
-comparisons of a program with itself no row at all is called. What intervals cannot see is what all sessions of a run share,
-the hour and the neighbours on the machine; therefore nothing is called that is not `least` percent off besides.
+Each session of a result gives one number, the median of its rounds, and the interval around the change is Welch's for
+the means of their logarithms (stats.py): it is as wide as sessions differ, not as rounds of one process do. There are
+many rows, and each might err: with m of them each interval has confidence 1 - 0.05 / m (Bonferroni), so that in 95 of
+100 comparisons of a program with itself no row at all is called. What intervals cannot see is what all sessions of a
+run share, the hour and the neighbours on the machine; therefore nothing is called that is not `least` percent off
+besides.
 
-Results of other machines, versions or sizes are not comparable, and say so; `anyway` compares those of other machines and
-versions all the same.
+Results of other machines, versions or sizes are not comparable, and say so; `anyway` compares those of other machines
+and versions all the same.
 """
 
 from __future__ import annotations
@@ -91,25 +92,31 @@ class Row:
 
 
 def main(before: Path, after: Path, options: Options) -> int:
-    """Compare, print. With `check`: 1 where something of ours is slower beyond noise, UserError where nothing is judged."""
+    """Compare, print. With `check`: 1 where something of ours is slower, UserError where nothing could be judged."""
     if not 0 <= options.least < math.inf:
         raise UserError(f"least: expected at least 0 percent, got {options.least}")
     a, b = results.read(before), results.read(after)
     rows = compare(a, b, options)
     if options.json:
-        documents = [{"file": str(path), "date": of.get("date"), "state": results.state(of), "machine": results.machine(of)}
-                     for path, of in ((before, a), (after, b))]  # fmt: skip
-        print(json.dumps({"before": documents[0], "after": documents[1], "rows": [row.document() for row in rows]}))
+        named = {"before": (before, a), "after": (after, b)}
+        documents = {name: {"file": str(path), **_where(of)} for name, (path, of) in named.items()}
+        print(json.dumps({**documents, "rows": [row.document() for row in rows]}))
     else:
         for name, path, of in (("A", before, a), ("B", after, b)):
-            print(f"{name}  {path}: {of.get('date')}, {results.state(of)}, {results.machine(of)}")
+            print(f"{name}  {path}: {', '.join(_where(of).values())}")
         show(rows)
     if options.check and not any(row.verdict in VERDICTS.values() for row in rows):
         raise UserError(f"nothing could be judged: {rows[0].why if rows else 'the results have no case in common'}")
     return int(options.check and any(row.ours and row.verdict == "slower" for row in rows))
 
 
-def compare(a: Mapping[str, Any], b: Mapping[str, Any], options: Options = Options()) -> list[Row]:  # noqa: B008
+def _where(document: Mapping[str, Any]) -> dict[str, str]:
+    """When, of what and where a result is."""
+    state, machine = results.state(document), results.machine(document)
+    return {"date": str(document.get("date")), "commit": state, "machine": machine}
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any], options: Options) -> list[Row]:
     """A row for each contestant of each case of either result. UserError for results of different kinds."""
     if a["kind"] != b["kind"]:
         raise UserError(f"expected two results of one kind, got {a['kind']!r} and {b['kind']!r}")
@@ -117,9 +124,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], options: Options = Optio
     apart = "" if options.anyway else "; ".join(differences(a, b))
     found = []
     for name in dict.fromkeys([*ours, *theirs]):
-        one, other = ours.get(name), theirs.get(name)
-        for contestant in dict.fromkeys([*(one or other)["contestants"], *(other or one)["contestants"]]):  # type: ignore[index]
-            found.append((name, contestant, one, other))
+        pair = ours.get(name), theirs.get(name)
+        who = dict.fromkeys(contestant for case in pair if case for contestant in case["contestants"])
+        found += [(name, contestant, *pair) for contestant in who]
     judged = sum(1 for *_, one, other in found if one and other)
     confidence = 1 - FAMILY / max(1, judged)
     return [_row(*each, apart, confidence, options) for each in found]
@@ -127,10 +134,10 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], options: Options = Optio
 
 def _row(name: str, contestant: str, one: Any, other: Any, apart: str, confidence: float, options: Options) -> Row:
     pair = [case["contestants"].get(contestant) if case else None for case in (one, other)]
-    medians = [each["seconds"]["median"] if each else None for each in pair]
+    before, after = (each["seconds"]["median"] if each else None for each in pair)
 
     def row(verdict: str, why: str = "", change: stats.Change | None = None, control: str | None = None) -> Row:
-        return Row(name, contestant, control, *medians, change, verdict, why)
+        return Row(name, contestant, control, before, after, change, verdict, why)
 
     if not all(pair):
         return row("not comparable", f"only in {'A' if pair[0] else 'B'}")
@@ -147,7 +154,7 @@ def _row(name: str, contestant: str, one: Any, other: Any, apart: str, confidenc
         if control:
             sessions = stats.ratios(sessions, case["contestants"][control]["seconds"]["sessions"])
         series.append(sessions)
-    change = stats.change(*series, confidence)
+    change = stats.change(series[0], series[1], confidence)
     return row(VERDICTS[change.beyond(options.least / 100)], "", change, control)
 
 

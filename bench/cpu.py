@@ -1,7 +1,7 @@
 """A training step (forward, backward, clip, AdamW) of the NumPy engine against PyTorch's and its peers', on this CPU.
 
-Each contestant has a process of its own, so that their thread pools do not disturb each other, and they take their steps
-in turns (process.py). A ratio is taken round by round, and its median is what counts. Contestants are
+Each contestant has a process of its own, so that their thread pools do not disturb each other, and they take their
+steps in turns (process.py). A ratio is taken round by round, and its median is what counts. Contestants are
 
     numpy           our engine
     torch           our PyTorch engine, eager
@@ -10,9 +10,9 @@ in turns (process.py). A ratio is taken round by round, and its median is what c
     plain fused     the same with AdamW(fused=True)
     transformers    such a loop around transformers' model of the same sizes
 
-Where `plain` cannot be (a Llama), it is left out. All have the same weights and learn the same tokens, and a contestant
-whose first loss is another is an error: it would be no peer. Steps that finetune are among the cases; with adapters, a step
-is held against one of the whole model too. Generation is in generate.py.
+Where `plain` cannot be (a Llama), it is left out. All have the same weights and learn the same tokens, and a
+contestant whose first loss is another is an error: it would be no peer. Steps that finetune are among the cases; with
+adapters, a step is held against one of the whole model too. Generation is in generate.py.
 """
 
 from __future__ import annotations

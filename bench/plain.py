@@ -1,8 +1,8 @@
-"""A peer for training steps: GPT-2 in plain PyTorch and the plain loop around it, as people write it who write one file.
+"""A peer for training steps: GPT-2 and the loop around it in plain PyTorch, as people write them in one file.
 
-No trainer, no configuration, no operators of ours: nn.Linear, nn.LayerNorm, scaled_dot_product_attention, AdamW. In spirit
-it is nanoGPT's model and the PyTorch loop that llm.c is held against: one matrix for queries, keys and values, a head tied
-to the embedding, gradients set to None, the norm clipped, weights of two axes decayed and others not.
+No trainer, no configuration, no operators of ours: nn.Linear, nn.LayerNorm, scaled_dot_product_attention, AdamW. In
+spirit it is nanoGPT's model and the PyTorch loop that llm.c is held against: one matrix for queries, keys and values,
+a head tied to the embedding, gradients set to None, the norm clipped, weights of two axes decayed and others not.
 """
 
 from __future__ import annotations

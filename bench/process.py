@@ -1,8 +1,9 @@
 """Workers (worker.py) as their owner sees them: contestants that take turns.
 
-A machine that slows down slows all that run then, so contestants are timed in turns: a round is once each, and who begins
-changes from round to round. What chance gives a process it keeps to its end, so after some rounds all processes end, and
-the next session begins with fresh ones. How much sessions differ is how far a figure is to be trusted (stats.py).
+A machine that slows down slows all that run then, so contestants are timed in turns: a round is once each, and who
+begins changes from round to round. What chance gives a process it keeps to its end, so after some rounds all
+processes end, and the next session begins with fresh ones. How much sessions differ is how far a figure is to be
+trusted (stats.py).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def take_turns(
     rounds: int,
     once: Collection[str] = (),
 ) -> dict[str, Taken]:
-    """Each contestant's settings by its name -> what it took. Those of `once` take the first round of a session alone."""
+    """Each contestant's settings by its name -> what it took. `once`: who takes the first round of a session alone."""
     taken = {name: Taken() for name in contestants}
     with Progress(transient=True) as progress:
         task = progress.add_task(title, total=sessions * (len(contestants) + rounds))

@@ -1,8 +1,8 @@
 """Does a model learn the same on every engine? The same small model, data and seed, trained to a fixed validation loss.
 
-Each engine trains by `twingrad train`, in a process of its own. The step at whose evaluation the validation loss is first
-at most the target must be the same on all, and the loss there the same to AGREEMENT. The set `triton` runs on a GPU, or
-else in Triton's interpreter, which is slow: with it goes a case of a tiny model.
+Each engine trains by `twingrad train`, in a process of its own. The step at whose evaluation the validation loss is
+first at most the target must be the same on all, and the loss there the same to AGREEMENT. The set `triton` runs on a
+GPU, or else in Triton's interpreter, which is slow: with it goes a case of a tiny model.
 
 The text is the catalogue's python-stdlib, the source of the Python that runs this: another version is another text.
 """
@@ -92,7 +92,7 @@ def measure(name: str, case: Case) -> dict[str, Any]:
 
 
 def reached(log: Mapping[str, np.ndarray], target: float) -> dict[str, Any]:
-    """Steps and seconds until an evaluation's loss was at most the target (None where none was), and all evaluations."""
+    """Steps and seconds to the first evaluation whose loss was at most the target, None where none was; and all."""
     evaluated = np.flatnonzero(~np.isnan(log["val_loss"]))
     losses = log["val_loss"][evaluated]
     below = np.flatnonzero(losses <= target)
@@ -107,8 +107,8 @@ def reached(log: Mapping[str, np.ndarray], target: float) -> dict[str, Any]:
 
 
 def coincide(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`coincides`: all reached the target after as many steps with the same loss; `difference`: by how much that is off,
-    at most, of the loss; `difference_anywhere`: the same of any evaluation."""
+    """`coincides`: all reached the target after as many steps with the same loss; `difference`: by how much that is
+    off, at most, of the loss; `difference_anywhere`: the same of any evaluation."""
     first, *others = engines.values()
     differences = [abs(each["val_loss"] / first["val_loss"] - 1) for each in others]
     curves = [np.array(each["evaluated_losses"]) for each in engines.values()]

@@ -10,9 +10,10 @@ A result is a JSON file:
     ceilings          where measured: what the machine can do at most, see ceilings.py
     cases             by name
 
-A case of a kind that `compare` knows has `settings`, what was asked for; `control`, the contestant whose figures stand for
-the machine's mood; and `contestants` by name, each with `seconds`: median, quartiles, and `sessions`, the rounds of each
-process. `sessions` is null, and `quartiles` may be, in results that were taken when these were not kept.
+A case of a kind that `compare` knows has `settings`, what was asked for; `control`, the contestant whose figures
+stand for the machine's mood; and `contestants` by name, each with `seconds`: median, quartiles, and `sessions`, the
+rounds of each process. `sessions` is null, and `quartiles` may be, in results that were taken when these were not
+kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -99,7 +101,7 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def machine(document: dict[str, Any]) -> str:
+def machine(document: Mapping[str, Any]) -> str:
     """Which machine a result is of, in words; two results of one machine have the same."""
     of = document["machine"]
     memory = of.get("memory_bytes")
@@ -109,7 +111,7 @@ def machine(document: dict[str, Any]) -> str:
     return f"{of.get('processor')}, {cores} core{'s' * (cores != 1)}{size}{gpu}"
 
 
-def state(document: dict[str, Any]) -> str:
+def state(document: Mapping[str, Any]) -> str:
     """Which code: the commit, and whether it was changed since."""
     return f"{document.get('commit') or 'no commit'}{', changed since' if document.get('dirty') else ''}"
 

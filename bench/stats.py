@@ -1,8 +1,9 @@
 """What can be said of figures that never come out the same twice.
 
-A contestant is timed in `sessions`, each a fresh process, and in each in several `rounds`. Rounds of one session share
-what chance gave that process (where its memory lies, what else the machine did in that minute), so they say little about
-how far another run would be off. The sessions say that, and they are what is counted here: one number each.
+A contestant is timed in `sessions`, each a fresh process, and in each in several `rounds`. Rounds of one session
+share what chance gave that process (where its memory lies, what else the machine did in that minute), so they say
+little about how far another run would be off. The sessions say that, and they are what is counted here: one number
+each.
 
 Two runs, A and B, with S_A and S_B sessions, whose logarithms x have means a and b and variances v_a and v_b:
 
@@ -10,7 +11,8 @@ Two runs, A and B, with S_A and S_B sessions, whose logarithms x have means a an
     interval  exp(b - a +- t sqrt(v_a / S_A + v_b / S_B))                Welch's interval, symmetric in the logarithm
     freedom   (v_a / S_A + v_b / S_B)^2 / ((v_a / S_A)^2 / (S_A - 1) + (v_b / S_B)^2 / (S_B - 1))
 
-with t Student's quantile for that many degrees of freedom. (Georges, Buytaert and Eeckhout 2007; Kalibera and Jones 2013.)
+with t Student's quantile for that many degrees of freedom. (Georges, Buytaert and Eeckhout 2007; Kalibera and Jones
+2013.)
 
 Cost as the work n grows is t = c n^p, fitted by least squares to log t = log c + p log n.
 """
@@ -54,7 +56,7 @@ class Change:
     high: float
 
     def beyond(self, least: float = 0.0) -> int:
-        """1 slower, -1 faster, 0 neither: whether the interval leaves out 1, and the ratio is off it by over `least`."""
+        """1 slower, -1 faster, 0 neither: does the interval leave out 1, and is the ratio off it by over `least`?"""
         if self.low > 1 and self.ratio > 1 + least:
             return 1
         return -1 if self.high < 1 and self.ratio < 1 / (1 + least) else 0
@@ -73,7 +75,7 @@ def _percent(value: float) -> str:
 
 def change(before: Sessions, after: Sessions, confidence: float = 0.95) -> Change:
     """How a quantity changed from one run to another, by the medians of their sessions (see above)."""
-    a, b = ([math.log(median(rounds)) for rounds in sessions if rounds] for sessions in (before, after))
+    a, b = ([math.log(median(rounds)) for rounds in sessions if len(rounds)] for sessions in (before, after))
     middle = fmean(b) - fmean(a)
     if min(len(a), len(b)) < 2:
         return Change(math.exp(middle), 0.0, math.inf)
@@ -92,7 +94,7 @@ def student(confidence: float, freedom: float) -> float:
     its integral that lies below u = atan(sqrt(f) / t). Integrated by the trapezoidal rule in u = e^s, which keeps small
     shares exact.
     """
-    s = np.linspace(-40, math.log(math.pi / 2), 200_001)
+    s = np.linspace(-40, math.log(math.pi / 2), 100_001)
     density = np.exp((freedom - 1) * np.log(np.sin(np.exp(s))) + s)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     u = math.exp(np.interp(1 - confidence, below / below[-1], s))

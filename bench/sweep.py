@@ -1,8 +1,8 @@
 """What a training step costs as the work grows: more tokens, wider, deeper, longer sequences, whole larger models.
 
-Along each axis one size grows and the others stay. Times are fitted by c n^p (stats.py); the exponent p says how cost grows,
-1 in proportion, 2 with the square. What a small size costs besides (a call's overhead, threads that wait for each other)
-flattens it, so the exponent of the upper half of the sizes is given as well.
+Along each axis one size grows and the others stay. Times are fitted by c n^p (stats.py); the exponent p says how cost
+grows, 1 in proportion, 2 with the square. What a small size costs besides (a call's overhead, threads that wait for
+each other) flattens it, so the exponent of the upper half of the sizes is given as well.
 """
 
 from __future__ import annotations
@@ -49,26 +49,31 @@ class Axis:
     points: tuple[Point, ...]
 
 
-def _model(config: GPTConfig, batch: int, length: int) -> Point:
-    return Point(config.n_parameters, config, batch, length)
-
-
+NARROW = 256  # the width of what does not grow in width
 AXES = {
-    "tokens": Axis("tokens in a step, 128 in a text", tuple(Point(128 * B, _gpt(256, 4, 128), B, 128) for B in (1, 2, 4, 8, 16, 32))),
+    "tokens": Axis(
+        "tokens in a step, 128 in a text",
+        tuple(Point(128 * B, _gpt(NARROW, 4, 128), B, 128) for B in (1, 2, 4, 8, 16, 32)),
+    ),
     "width": Axis("width", tuple(Point(C, _gpt(C, 4, 128), 4, 128) for C in (64, 128, 256, 512, 1024))),
-    "depth": Axis("blocks", tuple(Point(L, _gpt(256, L, 128), 4, 128) for L in (1, 2, 4, 8, 16))),
-    "length": Axis("tokens in one text", tuple(Point(T, _gpt(256, 4, T), 1, T) for T in (64, 128, 256, 512, 1024, 2048))),
+    "depth": Axis("blocks", tuple(Point(L, _gpt(NARROW, L, 128), 4, 128) for L in (1, 2, 4, 8, 16))),
+    "length": Axis(
+        "tokens in one text", tuple(Point(T, _gpt(NARROW, 4, T), 1, T) for T in (64, 128, 256, 512, 1024, 2048))
+    ),
     "parameters": Axis(
         "parameters, 2 x 256 tokens in a step",
-        (
-            _model(_gpt(128, 4, 256, 1024), 2, 256),
-            _model(_gpt(256, 6, 256, 4096), 2, 256),
-            _model(_gpt(384, 8, 256, 8192), 2, 256),
-            _model(_gpt(512, 10, 256, 16_384), 2, 256),
-            _model(PRESETS["gpt2-small"], 2, 256),
+        tuple(
+            Point(config.n_parameters, config, 2, 256)
+            for config in (
+                _gpt(128, 4, 256, 1024),
+                _gpt(256, 6, 256, 4096),
+                _gpt(384, 8, 256, 8192),
+                _gpt(512, 10, 256, 16_384),
+                PRESETS["gpt2-small"],
+            )
         ),
     ),
-}  # fmt: skip
+}
 
 
 def measure(name: str, axis: Axis, sessions: int, rounds: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How much work there is at least: operations that the mathematics asks for, and bytes that must go to and from memory.
 
-Of a product of (m, k) by (k, n): 2 m k n operations. Attention's two products of T queries with T keys count half, being
-causal. A backward pass has two products for each of the forward's, attention's five for its two.
+Of a product of (m, k) by (k, n): 2 m k n operations. Attention's two products of T queries with T keys count half,
+being causal. A backward pass has two products for each of the forward's, attention's five for its two.
 
 Bytes count each input read once and each result written once, in float32.
 """
@@ -45,8 +45,8 @@ def gradients(config: GPTConfig, batch: int, length: int) -> Work:
 
 
 def update(config: GPTConfig) -> Work:
-    """Clipping and AdamW: the gradients are read for their norm, then parameters, gradients and two moments read, and all
-    but the gradients written. 2 operations an entry for the norm, 14 for the step.
+    """Clipping and AdamW: the gradients are read for their norm, then parameters, gradients and two moments read, and
+    all but the gradients written. 2 operations an entry for the norm, 14 for the step.
     """
     return Work(16 * config.n_parameters, 8 * FLOAT * config.n_parameters)
 

@@ -1,8 +1,8 @@
 """One contestant in a process of its own, so that its threads share the cores with nobody else's.
 
-Reads a case as JSON from standard input and answers with one JSON line when all is ready; then, for each line it reads,
-does the case's work once and answers with the seconds of it and of its parts. The end of the input ends it, with the peak
-of its memory.
+Reads a case as JSON from standard input and answers with one JSON line when all is ready; then, for each line it
+reads, does the case's work once and answers with the seconds of it and of its parts. The end of the input ends it,
+with the peak of its memory.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ LR, MAX_NORM = 1e-4, 1.0
 def train(case: dict[str, Any]) -> Work:
     """Forward, backward, clip, AdamW on new random examples, the same for all contestants; and the loss they had.
 
-    Contestants are our engines ("numpy", "torch", "torch compiled"), plain loops in PyTorch ("plain", "plain fused") and
-    such a loop around a model of transformers ("transformers").
+    Contestants are our engines ("numpy", "torch", "torch compiled"), plain loops in PyTorch ("plain", "plain fused")
+    and such a loop around a model of transformers ("transformers").
     """
     config, params = _model(case)
     step = (_plain if case["contestant"].partition(" ")[0] in ("plain", "transformers") else _ours)(
