@@ -60,11 +60,12 @@ class Row:
     change: stats.Change | None  # None where there is nothing to compare
     verdict: str  # slower, faster, no difference, not judged, not comparable
     why: str = ""
+    is_control: bool = False  # of its case: what changed is the machine's mood
 
     @property
     def ours(self) -> bool:
         """Whether it is our code's, so that being slower is our fault."""
-        return self.contestant in OURS and not (self.contestant == "torch" and self.control is None)
+        return self.contestant in OURS and not self.is_control
 
     def __str__(self) -> str:
         if self.why:
@@ -72,7 +73,7 @@ class Row:
         assert self.change
         if self.verdict == "no difference":
             return f"no difference beyond noise ({self.change.low - 1:+.1%} to {self.change.high - 1:+.1%})"
-        return str(self.change)
+        return f"{self.change}{', being the control: the machine' * self.is_control}"
 
     def document(self) -> dict[str, Any]:
         """As JSON has it; a bound that is infinite is null."""
@@ -88,6 +89,7 @@ class Row:
             **dict(zip(("ratio", "low", "high"), finite, strict=True)),
             "verdict": self.verdict,
             "why": self.why,
+            "is_control": self.is_control,
         }
 
 
@@ -137,7 +139,8 @@ def _row(name: str, contestant: str, one: Any, other: Any, apart: str, confidenc
     before, after = (each["seconds"]["median"] if each else None for each in pair)
 
     def row(verdict: str, why: str = "", change: stats.Change | None = None, control: str | None = None) -> Row:
-        return Row(name, contestant, control, before, after, change, verdict, why)
+        is_control = contestant == (one or other)["control"] and not options.times
+        return Row(name, contestant, control, before, after, change, verdict, why, is_control)
 
     if not all(pair):
         return row("not comparable", f"only in {'A' if pair[0] else 'B'}")
@@ -205,9 +208,11 @@ def cases(document: Mapping[str, Any]) -> dict[str, Any]:
             found = _of_gpu(found["measurements"])
         for case in found.values():
             for contestant in case["contestants"].values():
-                contestant["seconds"]["median"], contestant["seconds"]["sessions"]
-            case["settings"]
-    except (KeyError, TypeError, AttributeError):
+                rounds = [x for session in contestant["seconds"]["sessions"] or () for x in session]
+                if not all(0 < seconds < math.inf for seconds in [contestant["seconds"]["median"], *rounds]):
+                    raise ValueError
+            case["settings"], case["control"]
+    except (KeyError, TypeError, AttributeError, ValueError):
         why = f"a result of kind {kind!r} has no times that could be compared"
         more = "; for what compilers made: bench static --against" if kind == "static" else ""
         raise UserError(f"{why}{more}") from None

@@ -25,7 +25,7 @@ def summary(
     memory_target: float | None = None,
 ) -> dict[str, Any]:
     """What a result keeps of a case: of each contestant, and of ours against each other one."""
-    contestants = {}
+    contestants: dict[str, Any] = {}
     for name, each in taken.items():
         parts = [part for part in each.rounds[0][0] if part in ("gradients", "update")]
         contestants[name] = {

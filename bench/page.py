@@ -350,37 +350,51 @@ def _products(found: Sequence[Result]) -> str:
 
 
 def _kernels(found: Sequence[Result]) -> str:
-    """What is known of the kernels: what compilers made of them, and what a GPU took, where there was one."""
+    """What is known of the kernels: what a GPU took, where there was one, and what compilers made of them."""
     measured, compiled = _with(found, "gpu"), _with(found, "static")
-    parts = ["## Kernels on a GPU"]
-    for one in measured:
-        rows = []
-        for m in one.cases["measurements"]:
-            size = " ".join(filter(None, (m["setting"], str(m["x"] or ""), m["dtype"])))
-            low, high = (1e3 * quartile for quartile in m["quartiles"])
-            times = f"{1e3 * m['seconds']:.4g} [{low:.4g}, {high:.4g}]"
-            rows.append(
-                [
-                    f"{m['operator']} {m['direction']}",
-                    size,
-                    m["peer"],
-                    times,
-                    f"{m['rate']:,.4g} {m['unit']}",
-                    f"{m['of_ceiling']:.0%}",
-                ]
-            )
-        parts += [table(("operator", "size", "peer", "ms", "rate", "of ceiling"), rows)]
+    parts = ["## Kernels on a GPU", *(text for one in measured for text in _on_gpu(one))]
     if not measured:
         parts.append("No results yet: none of a GPU is kept here. They come by `python -m bench gpu`.")
     for one in compiled:
+        kernels = {name.partition(" ")[0] for name in one.cases}
+        architectures = ", ".join(sorted({name.rpartition(" ")[2] for name in one.cases}))
         spill = sum(1 for case in one.cases.values() if case["stack"])
         parts.append(
-            f"Compiled without a GPU: {len(one.cases):,} compilations of "
-            f"{len({name.partition(' ')[0] for name in one.cases})} kernels for "
-            f"{', '.join(sorted({name.rpartition(' ')[2] for name in one.cases}))}; {spill} of them spill registers."
+            f"Compiled without a GPU: {len(one.cases):,} compilations of {len(kernels)} kernels for {architectures}; "
+            f"{spill} of them spill registers."
         )
     parts.append("\n".join(f"- {one.source()}" for one in (*measured, *compiled)))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _on_gpu(one: Result) -> Iterator[str]:
+    """One GPU: its ceilings, what became of the targets, a model's steps, each kernel beside its peers, the plots."""
+    of = one.cases
+    units = {name: "GB/s" if name == "copy" else "TFLOP/s" for name in of["ceilings"]}
+    ceilings = (f"{name} {rate:,.4g} {units[name]}" for name, rate in of["ceilings"].items())
+    yield f"**{of['device']}**; ceilings: {', '.join(ceilings)}."
+    rows = []
+    for target in of["targets"]:
+        value = target["found"]
+        verdict = "not measured" if value is None else _verdict(value >= target["at_least"])
+        rows.append([target["what"], f"{target['at_least']:.2f}", "" if value is None else f"{value:.2f}", verdict])
+    yield table(("wanted", "at least", "found, at worst", ""), rows)
+    rows = []
+    for m in of["models"]:
+        times = _time({"median": m["seconds"], "quartiles": m["quartiles"]})
+        tokens, memory = f"{m['tokens_per_s']:,.0f}", f"{m['peak_bytes'] / 2**20:,.0f}"
+        rows.append([m["model"], m["operators"], m["mode"], times, tokens, memory])
+    if rows:
+        yield table(("model", "operators", "mode", "ms a step", "tokens/s", "peak MiB beyond weights"), rows)
+    rows = []
+    for m in of["measurements"]:
+        size = " ".join(filter(None, (m["setting"], str(m["x"] or ""), m["dtype"])))
+        times = _time({"median": m["seconds"], "quartiles": m["quartiles"]})
+        rate = f"{m['rate']:,.4g} {m['unit']}"
+        rows.append([f"{m['operator']} {m['direction']}", size, m["peer"], times, rate, f"{m['of_ceiling']:.0%}"])
+    yield table(("operator", "size", "peer", "ms", "rate", "of ceiling"), rows)
+    for path in sorted(one.path.parent.glob(f"{one.path.stem}-*.png")):
+        yield f"![{path.stem}](results/{path.name})"
 
 
 def _picture(found: Sequence[Result], name: str) -> str:

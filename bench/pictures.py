@@ -131,9 +131,10 @@ def _roofline(shown: Sequence[Result]) -> Figure:
         lowest = min([0.3, *(x for x, *_ in points)]) / 1.5
         x = np.geomspace(lowest, max([1000, *(x for x, *_ in points)]) * 1.5, 200)
         axis.plot(x, np.minimum(top, slope * x), color="black", linewidth=1.2)
-        axis.text(x[-1], top * 1.08, f"{top:,.0f} GFLOP/s", ha="right", fontsize=8)
-        at = lowest * 1.3
-        axis.text(at, slope * at * 1.5, f"{slope:,.0f} GB/s", fontsize=8)
+        place = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
+        axis.annotate(f"{top:,.0f} GFLOP/s", (x[-1], top), xytext=(0, 5), **place)
+        knee = top / slope
+        axis.annotate(f"{slope:,.0f} GB/s", (knee / 2, top / 2), xytext=(-6, 4), **place)
         for who in ("numpy", "torch"):
             colour, marker, label = _style(who)
             these = [(x, y) for x, y, name, _ in points if name == who]
@@ -204,6 +205,7 @@ def _quality(shown: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
                 axis.plot(taken["steps"], taken["val_loss"], "o", color=colour, markersize=3 + 2 * width)
         axis.axhline(case["settings"]["target"], color="black", linewidth=0.9, linestyle=(0, (4, 3)))
         axis.set_title(f"{name}: {case['settings']['preset']}, target {case['settings']['target']}", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("steps", fontsize=8)
         axis.set_ylabel("validation loss, nats a byte", fontsize=8)
         axis.legend(fontsize=8, frameon=False)

@@ -206,4 +206,8 @@ def test_kinds_and_what_has_no_times(run):
     assert "one kind, got 'cpu' and 'layers'" in run(a, other(a, kind="layers"))[2]
     static = other(a, kind="static", cases={"x": {"registers": 3}})
     assert "kind 'static' has no times" in run(static, static)[2]
+    for wrong in ("fast", -1.0, float("nan")):
+        damaged = copy.deepcopy(a)
+        damaged["cases"]["b"]["contestants"]["torch"]["seconds"]["sessions"][1][2] = wrong
+        assert "kind 'cpu' has no times that could be compared" in run(a, damaged)[2]
     assert "least: expected at least 0" in run(a, a, "--least", "-1")[2]

@@ -105,7 +105,7 @@ def test_a_page_has_each_kind_of_result_with_its_source(folder, capsys):
     assert re.search(r"\| length \| .* \| PyTorch \| 1\.50 \+- 0\.00", text)
     assert "| small | numpy | 1.8 | 3 | 1.7500000 | 1.5 |" in text
     assert "products 1,000 GFLOP/s, copies 100.0 GB/s" in text
-    # 2 x 2 x 8 x 50 x 30 operations, 4 (2 x 400 + 2 x 1500 + 240) bytes, at 1e11 bytes a second: what is left of 0.88 s.
+    # 48,000 operations and 16 kB, which is nothing of a second.
     assert "| linear | backward | 0.00 | 0 | 0% | 0% |" in text
     for name in ("cpu", "sweep", "quality", "layers", "matmul"):
         assert f"- [{name}.json](results/{name}.json): " in text
@@ -113,6 +113,32 @@ def test_a_page_has_each_kind_of_result_with_its_source(folder, capsys):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(results/{name}.png)" in text
     assert bench.main(["report", "--results", str(folder), "--check"]) == 0
+
+
+def test_a_gpu_s_results_have_their_section(folder):
+    measured = {"operator": "gelu", "direction": "forward", "setting": "exact", "x": 1024, "dtype": "bfloat16"}
+    measured |= {"peer": "twingrad", "seconds": 1e-3, "quartiles": [9e-4, 2e-3], "rate": 1234.0, "unit": "GB/s"}
+    step = {"model": "GPT 124M", "operators": "triton", "mode": "compiled", "seconds": 0.05, "quartiles": [0.04, 0.06]}
+    found = {
+        "device": "some GPU",
+        "ceilings": {"copy": 4000.0, "bfloat16": 800.0},
+        "measurements": [{**measured, "of_ceiling": 0.31}],
+        "models": [{**step, "tokens_per_s": 163_840.0, "peak_bytes": 2**30}],
+        "targets": [
+            {"what": "gelu, share of the ceiling", "at_least": 0.9, "found": 0.31, "where": ""},
+            {"what": "speed", "at_least": 1.15, "found": None, "where": ""},
+        ],
+    }
+    results.write(folder / "gpu-some.json", "gpu", found)
+    (folder / "gpu-some-model.png").touch()
+    text = page.page(page.load(folder))
+    assert "No results yet" not in text
+    assert "**some GPU**; ceilings: copy 4,000 GB/s, bfloat16 800 TFLOP/s." in text
+    assert "| gelu, share of the ceiling | 0.90 | 0.31 | **missed** |" in text
+    assert "| speed | 1.15 |  | not measured |" in text
+    assert "| GPT 124M | triton | compiled | 50 [40, 60] | 163,840 | 1,024 |" in text
+    assert "| gelu forward | exact 1024 bfloat16 | twingrad | 1 [0.9, 2] | 1,234 GB/s | 31% |" in text
+    assert "(results/gpu-some-model.png)" in text
 
 
 def test_a_stale_page_is_named_and_nothing_written(folder, capsys):
