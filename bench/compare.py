@@ -3,7 +3,8 @@
 A row speaks of one contestant of one case. What is compared is its time in units of its control's in the same round,
 where the control is a peer whose code is not ours, such as the plain PyTorch loop (contest.CONTROLS): what the
 machine did in that minute befell both, and divides out. The control itself has no control, so its row compares times
-alone: it tells how the machine's mood changed between the runs. `times` compares times alone everywhere.
+alone: it tells how the machine's mood changed between the runs. Steps that finetune have no such peer, and our PyTorch
+engine is the control: what seems to be a change of NumPy's may be one of that. `times` compares times alone everywhere.
 
 Each session of a result gives one number, the median of its rounds, and the interval around the change is Welch's for
 the means of their logarithms (stats.py): it is as wide as sessions differ, not as rounds of one process do. There are

@@ -443,19 +443,21 @@ def _where(one: Result) -> str:
 
 
 def _steps(cases: Mapping[str, Any], head: str, size: str) -> str:
-    """A row for each case: each contestant's milliseconds, and NumPy's share of each one's time."""
+    """A row for each case: our engines' milliseconds, and NumPy's time as a multiple of each other contestant's."""
     who = [
         name for name in LABELS if any(name in case["contestants"] for case in cases.values()) and " full" not in name
     ]
     others = [name for name in who if name != ENGINES[0]]
     rows = []
     for name, case in cases.items():
-        times = (_cell(case["contestants"].get(one), lambda c: f"{1e3 * c['seconds']['median']:.0f}") for one in who)
+        times = (
+            _cell(case["contestants"].get(one), lambda c: f"{1e3 * c['seconds']['median']:.0f}") for one in ENGINES
+        )
         shares = (_ratio(case["ratios"].get(f"{ENGINES[0]} / {one}")) for one in others)
         memory = _cell(case.get("memory_ratio"), lambda m: f"{m['numpy / torch']:.2f}")
         settings = case["settings"]
         rows.append([CASES.get(name, name), f"{settings['batch']} x {settings['length']}", *times, *shares, memory])
-    heads = [f"{LABELS[one]}, ms" for one in who] + [f"NumPy / {LABELS[one]}" for one in others]
+    heads = [f"{LABELS[one]}, ms" for one in ENGINES] + [f"NumPy / {LABELS[one]}" for one in others]
     return table((head, size, *heads, "peak memory, NumPy / PyTorch"), rows)
 
 

@@ -139,6 +139,7 @@ def _transformers(config: GPTConfig, params: dict[str, np.ndarray]) -> Any:
     from gpt.weights.huggingface import save_folder
     from gpt.weights.native import SavedModel
 
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_folder(Path(folder) / "model", SavedModel(params, config, None))
         return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
