@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import ceilings, contest, cpu, generate, layers, matmul, process, results, sweep, work
+from bench import ceilings, contest, cpu, generate, layers, matmul, process, results, sweep, work, worker
 from gpt.errors import UserError
 from reference import GPT, PRESETS
 from reference.init import initialize
@@ -40,7 +40,8 @@ def test_products_are_timed_on_the_cpu_and_a_missing_gpu_is_said(tmp_path, monke
 
 def test_engines_and_peers_step_in_turns_and_the_results_say_with_what(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    tiny = dataclasses.replace(cpu.CASES["bytes-small"], preset="bytes-tiny", batch=2, length=16)
+    who = tuple(name for name in cpu.EVERY if name != "torch compiled")  # which takes its time
+    tiny = dataclasses.replace(cpu.CASES["bytes-small"], preset="bytes-tiny", batch=2, length=16, contestants=who)
     monkeypatch.setitem(cpu.CASES, "bytes-small", tiny)
     monkeypatch.setattr(ceilings, "measure", partial(ceilings.measure, 64, 2**16, 1, 1))
     out = tmp_path / "cpu.json"
@@ -49,7 +50,7 @@ def test_engines_and_peers_step_in_turns_and_the_results_say_with_what(tmp_path,
     case = document["cases"]["bytes-small"]
     assert document["kind"] == "cpu"
     assert {"numpy", "torch", "transformers"} <= set(document["versions"])
-    assert set(case["contestants"]) == set(cpu.EVERY)
+    assert set(case["contestants"]) == set(who)
     for figures in case["contestants"].values():
         (rounds,) = figures["seconds"]["sessions"]
         assert len(rounds) == 2
@@ -58,9 +59,17 @@ def test_engines_and_peers_step_in_turns_and_the_results_say_with_what(tmp_path,
         assert figures["tokens_per_s"] == pytest.approx(32 / figures["seconds"]["median"])
         assert figures["peak_bytes"] > 2**24
     assert case["control"] == "plain"
-    assert {f"numpy / {peer}" for peer in cpu.EVERY[1:]} <= set(case["ratios"])
+    assert {f"numpy / {peer}" for peer in who[1:]} <= set(case["ratios"])
     assert document["ceilings"]["operations_per_s"] > 0
     assert document["ceilings"]["bytes_per_s"] > 0
+
+
+@pytest.mark.parametrize("contestant, engine, compiled", [("torch", "torch", False), ("torch compiled", "torch", True)])
+def test_a_compiled_contestant_is_compiled(monkeypatch, contestant, engine, compiled):
+    asked = []
+    monkeypatch.setattr(worker, "create_engine", lambda *arguments, **settings: asked.append((arguments[0], settings)))
+    worker.train({"contestant": contestant, "config": PRESETS["bytes-tiny"].to_dict(), "batch": 2, "length": 4})
+    assert asked == [(engine, {"device": "cpu", "compile": compiled})]
 
 
 def test_the_plain_loop_s_model_is_ours():
@@ -144,8 +153,8 @@ def test_a_worker_that_dies_is_one_line_and_leaves_nobody_behind(monkeypatch):
     works = {"numpy": {"work": "product", "n": 8}, "other": {"work": "nothing that there is"}}
     with pytest.raises(UserError, match="other: its process ended early with status 1"):
         process.take_turns("", works, 1, 1)
-    assert [worker.name for worker in made] == ["numpy", "other"]
-    assert all(worker.process.poll() is not None for worker in made)
+    assert [each.name for each in made] == ["numpy", "other"]
+    assert all(each.process.poll() is not None for each in made)
 
 
 def test_cost_is_fitted_along_each_axis(tmp_path, monkeypatch, capsys):
