@@ -1,8 +1,11 @@
 """Does a model learn the same on every engine? The same small model, data and seed, trained to a fixed validation loss.
 
 Each engine trains by `twingrad train`, in a process of its own. The step at whose evaluation the validation loss is
-first at most the target must be the same on all, and the loss there the same to AGREEMENT. The set `triton` runs on a
-GPU, or else in Triton's interpreter, which is slow: with it goes a case of a tiny model.
+first at most the target must be the same on all, and the loss there the same to the case's bound. The set `triton` runs
+on a GPU, or else in Triton's interpreter, which is slow: with it goes a case of a tiny model.
+
+In float32 rounding grows a thousandfold in some hundred steps, at the learning rates of small models, and two right
+engines part in the fourth digit; so the longer training is in float64, where it grows as much and is nothing still.
 
 The text is the catalogue's python-stdlib, the source of the Python that runs this: another version is another text.
 """
@@ -26,8 +29,6 @@ from bench import results
 from gpt.errors import UserError, check_installed, is_installed
 from gpt.train.log import read_log
 
-AGREEMENT = 1e-4  # of the loss at the target: rounding in float32, grown by all the steps to it
-
 
 @dataclass(frozen=True)
 class Case:
@@ -41,6 +42,8 @@ class Case:
     steps: int  # at most
     every: int  # steps from one evaluation to the next
     target: float  # nats a token
+    dtype: str
+    bound: float  # of the losses at the target, relative: rounding, grown by all the steps to it
     changes: Mapping[str, int] | None = None
     data: str = "python-stdlib"
     seed: int = 123
@@ -50,8 +53,8 @@ class Case:
         options = {
             "engine": engine, "out": out, "data": self.data, "tokenizer": "bytes", "preset": self.preset,
             "sampling": "random", "batch_size": self.batch, "max_length": self.length, "lr": self.lr,
-            "warmup_steps": self.steps // 10, "steps": self.steps, "seed": self.seed, "eval_every": self.every,
-            "eval_batches": 2, "sample_every": 0, "save_every": 0, "save_best": False,
+            "dtype": self.dtype, "warmup_steps": self.steps // 10, "steps": self.steps, "seed": self.seed,
+            "eval_every": self.every, "eval_batches": 2, "sample_every": 0, "save_every": 0, "save_best": False,
             **{f"model.{name}": value for name, value in (self.changes or {}).items()},
         }  # fmt: skip
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -60,8 +63,8 @@ class Case:
 
 SMALLEST = {"n_layers": 1, "emb_dim": 32, "n_heads": 2}
 CASES = {
-    "small": Case(("numpy", "torch"), "bytes-small", 16, 128, 3e-3, 400, 10, 1.8),
-    "tiny": Case(("numpy", "torch", "triton"), "bytes-tiny", 4, 16, 1e-2, 20, 2, 3.6, SMALLEST),
+    "small": Case(("numpy", "torch"), "bytes-small", 16, 128, 3e-3, 250, 10, 2.0, "float64", 1e-9),
+    "tiny": Case(("numpy", "torch", "triton"), "bytes-tiny", 4, 16, 1e-2, 20, 2, 3.6, "float32", 1e-5, SMALLEST),
 }
 
 
@@ -79,7 +82,7 @@ def measure(name: str, case: Case) -> dict[str, Any]:
             if done.returncode:
                 raise UserError(f"{name}, {engine}: {(done.stderr.strip().splitlines() or ['training failed'])[-1]}")
             engines[engine] = reached(read_log(out / "log.csv"), case.target)
-    return {"settings": {**asdict(case), "work": "quality"}, "engines": engines, **coincide(engines)}
+    return {"settings": {**asdict(case), "work": "quality"}, "engines": engines, **coincide(engines, case.bound)}
 
 
 def reached(log: Mapping[str, np.ndarray], target: float) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def reached(log: Mapping[str, np.ndarray], target: float) -> dict[str, Any]:
     }
 
 
-def coincide(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def coincide(engines: Mapping[str, Mapping[str, Any]], bound: float) -> dict[str, Any]:
     """`coincides`: all reached the target after as many steps with the same loss; `difference`: by how much that is
     off, at most, of the loss; `difference_anywhere`: the same of any evaluation."""
     first, *others = engines.values()
@@ -106,7 +109,7 @@ def coincide(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     anywhere = max((float(np.abs(curve / curves[0] - 1).max()) for curve in curves[1:]), default=0.0)
     steps = {each["steps"] for each in engines.values()}
     difference = max(differences, default=0.0)
-    good = len(steps) == 1 and None not in steps and difference <= AGREEMENT
+    good = len(steps) == 1 and None not in steps and difference <= bound
     return {"coincides": good, "difference": difference, "difference_anywhere": anywhere}
 
 
@@ -137,7 +140,7 @@ def show(measured: Mapping[str, Any]) -> None:
         verdict = "coincide" if case["coincides"] else "DO NOT COINCIDE"
         console.print(
             f"{name}: steps and loss {verdict}; the losses differ by {case['difference']:.1e} at the target, by "
-            f"{case['difference_anywhere']:.1e} at most; bound {AGREEMENT:.0e}"
+            f"{case['difference_anywhere']:.1e} at most; bound {case['settings']['bound']:.0e}"
         )
 
 
