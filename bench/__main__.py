@@ -1,4 +1,4 @@
-"""python -m bench cpu | layers | matmul | data | static | gpu: what this project computes, against its peers."""
+"""python -m bench cpu | sweep | quality | layers | matmul | data | static | gpu | compare | report."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import cpu, data, layers, matmul, static
+from bench import results
 from gpt.errors import UserError, require
 from gpt.parity.cli import interpret_without_gpu
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; its exit status, or 2 for a mistake in the arguments."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    steps = commands.add_parser(
-        "cpu", help="training and generating with both engines, each in a process of its own, in turns"
+    steps = commands.add_parser("cpu", help="training and generating, our engines and their peers, in turns")
+    steps.add_argument("cases", nargs="*", metavar="CASE", help="all unless named")
+    grows = commands.add_parser("sweep", help="training steps as the work grows, with fitted exponents")
+    grows.add_argument(
+        "axes", nargs="*", metavar="AXIS", help="tokens, width, depth, length, parameters; all unless named"
     )
-    steps.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cpu.NAMES)}; all unless named")
-    steps.add_argument("--rounds", type=int, help="timed steps of each engine (default: by the case)")
+    for command in (steps, grows):
+        command.add_argument("--sessions", type=int, help="fresh processes of each contestant (default: 5; sweep: 3)")
+        command.add_argument("--rounds", type=int, help="timed steps of each in a session (default: by the case)")
+    learns = commands.add_parser("quality", help="one model trained to a fixed loss on every engine: do they coincide?")
+    learns.add_argument("cases", nargs="*", metavar="CASE", help="small, tiny; both unless named")
     each = commands.add_parser("layers", help="every layer, forward and backward, of both engines (pytest-benchmark)")
     product = commands.add_parser("matmul", help="one matrix product on the CPU, and on a GPU where there is one")
     encoding = commands.add_parser("data", help="preparing token files by several processes, against tiktoken alone")
-    encoding.add_argument("--megabytes", type=float, help=f"of text ({data.MEGABYTES})")
-    encoding.add_argument("--rounds", type=int, help=f"of each ({data.ROUNDS})")
+    encoding.add_argument("--megabytes", type=float, help="of text (64)")
+    encoding.add_argument("--rounds", type=int, help="of each (5)")
     compiled = commands.add_parser("static", help="compile every kernel without a GPU: registers, spills, instructions")
     compiled.add_argument("layers", nargs="*", metavar="LAYER", help="layers or operators; all unless named")
     compiled.add_argument("--arch", type=int, action="append", choices=(80, 90, 100), help="of sm_80, sm_90, sm_100")
@@ -40,30 +55,106 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu.add_argument("--tiny", action="store_true", help="sizes that try the benchmark itself, on any machine")
     on_gpu.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="also time this function, as operator --op")
     on_gpu.add_argument("--op", metavar="LAYER", help="the layer that --kernel computes")
-    for command in (steps, each, product, encoding, compiled, on_gpu):
+    for command in (steps, grows, learns, each, product, encoding, compiled, on_gpu):
         command.add_argument("--out", type=Path, help="also write the results to this JSON file")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "layers":
-            return layers.main(arguments.out)
-        if arguments.command == "gpu":
-            if arguments.tiny:
-                interpret_without_gpu()
-            require("triton", extra="torch")
-            from bench import gpu
+    against = commands.add_parser("compare", help="which differences between two results exceed the noise")
+    against.add_argument("before", type=Path, metavar="A.json")
+    against.add_argument("after", type=Path, metavar="B.json")
+    against.add_argument("--least", type=float, default=3.0, help="percent; smaller differences are not called (3)")
+    against.add_argument(
+        "--times", action="store_true", help="compare times alone, not in units of a peer's of that run"
+    )
+    against.add_argument("--anyway", action="store_true", help="also results of other machines or versions")
+    against.add_argument(
+        "--check", action="store_true", help="exit with 1 where something of ours is slower beyond noise"
+    )
+    against.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    page = commands.add_parser("report", help="bench/RESULTS.md, its plots and the README's figures, from results kept")
+    page.add_argument("--results", type=Path, default=results.FOLDER, help="the folder of results (bench/results)")
+    page.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
+    return parser
 
-            given = {name: getattr(arguments, name) for name in ("minutes", "check", "tiny", "kernel", "out")}
-            return gpu.main(gpu.Options((*arguments.layers, *filter(None, [arguments.op])), **given))
-        if arguments.command == "static":
-            return static.main(arguments.layers, arguments.arch or (), arguments.out, arguments.against)
-        if arguments.command == "data":
-            return data.main(arguments.megabytes, arguments.rounds, arguments.out)
-        if arguments.command == "matmul":
-            return matmul.main(arguments.out)
-        return cpu.main(arguments.cases, arguments.rounds, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+# Each imports what it needs, and the report and comparisons no torch.
+
+
+def _cpu(arguments: argparse.Namespace) -> int:
+    from bench import cpu
+
+    return cpu.main(arguments.cases, arguments.sessions, arguments.rounds, arguments.out)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from bench import sweep
+
+    return sweep.main(arguments.axes, arguments.sessions, arguments.rounds, arguments.out)
+
+
+def _quality(arguments: argparse.Namespace) -> int:
+    from bench import quality
+
+    return quality.main(arguments.cases, arguments.out)
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+    from bench import layers
+
+    return layers.main(arguments.out)
+
+
+def _matmul(arguments: argparse.Namespace) -> int:
+    from bench import matmul
+
+    return matmul.main(arguments.out)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from bench import data
+
+    return data.main(arguments.megabytes, arguments.rounds, arguments.out)
+
+
+def _static(arguments: argparse.Namespace) -> int:
+    from bench import static
+
+    return static.main(arguments.layers, arguments.arch or (), arguments.out, arguments.against)
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    if arguments.tiny:
+        interpret_without_gpu()
+    require("triton", extra="torch")
+    from bench import gpu
+
+    given = {name: getattr(arguments, name) for name in ("minutes", "check", "tiny", "kernel", "out")}
+    return gpu.main(gpu.Options((*arguments.layers, *filter(None, [arguments.op])), **given))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from bench import compare
+
+    given = {name: getattr(arguments, name) for name in ("least", "times", "anyway", "check", "json")}
+    return compare.main(arguments.before, arguments.after, compare.Options(**given))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from bench import page
+
+    return page.main(arguments.results, arguments.check)
+
+
+COMMANDS = {
+    "cpu": _cpu,
+    "sweep": _sweep,
+    "quality": _quality,
+    "layers": _layers,
+    "matmul": _matmul,
+    "data": _data,
+    "static": _static,
+    "gpu": _gpu,
+    "compare": _compare,
+    "report": _report,
+}
 
 
 if __name__ == "__main__":

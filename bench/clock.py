@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -58,6 +59,14 @@ def _host_times(calls: Mapping[Name, Call], seconds: float) -> dict[Name, list[f
             taken[name].append(time.perf_counter() - before)
         rounds += 1
     return taken
+
+
+def batches(taken: list[float], count: int = 5) -> list[list[float]]:
+    """Consecutive parts of a series, `count` of them or as many as it has numbers: the means of batches are nearly
+    independent where calls that follow each other are not."""
+    bounds = [len(taken) * i // count for i in range(count + 1)]
+    parts = [taken[a:b] for a, b in itertools.pairwise(bounds)]
+    return [[float(f"{seconds:.4g}") for seconds in part] for part in parts if part]
 
 
 def peak(call: Call) -> int:

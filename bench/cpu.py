@@ -1,107 +1,120 @@
-"""A training step (forward, backward, clip, AdamW) of the NumPy engine against PyTorch's eager step, on this CPU.
+"""A training step (forward, backward, clip, AdamW) of the NumPy engine against PyTorch's and its peers', on this CPU.
 
-Each engine has a process of its own, so that their thread pools do not disturb each other, and they take their steps in
-turns, so that a machine that slows down slows both. The ratio is taken round by round, and its median is what counts.
-Steps that finetune are among the cases; with adapters, a step is held against one of the whole model too. Generation is
-in generate.py.
+Each contestant has a process of its own, so that their thread pools do not disturb each other, and they take their
+steps in turns (process.py). A ratio is taken round by round, and its median is what counts. Contestants are
+
+    numpy           our engine
+    torch           our PyTorch engine, eager
+    torch compiled  the same with torch.compile
+    plain           GPT-2 and its loop in plain PyTorch (plain.py), AdamW as it comes
+    plain fused     the same with AdamW(fused=True)
+    transformers    such a loop around transformers' model of the same sizes
+
+Where `plain` cannot be (a Llama), it is left out. All have the same weights and learn the same tokens, and a
+contestant whose first loss is another is an error: it would be no peer. Steps that finetune are among the cases; with
+adapters, a step is held against one of the whole model too. Generation is in generate.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from bench import generate, results
-from bench.process import Worker
+from bench import ceilings, generate, results, stats
+from bench.contest import ENGINES, show, summary
+from bench.process import SESSIONS, model_settings, take_turns
 from gpt.engine import optimizer_shapes, trained_names
-from gpt.errors import UserError, require
+from gpt.errors import UserError, check_installed, is_installed
 from reference.config import PRESETS, GPTConfig
 
-ENGINES = ("numpy", "torch")
+EVERY = (*ENGINES, "torch compiled", "plain", "plain fused", "transformers")
+AGREEMENT = 1e-3  # of the loss before the first step: far more than rounding, far less than another model
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model and batch, and the most that the NumPy engine may take of PyTorch's time and memory."""
+    """One model and batch; the most of a peer's time, by its name, and of PyTorch's memory that NumPy may take."""
 
     preset: str
     batch: int
     length: int
-    rounds: int
-    time_target: float
+    rounds: int  # of a session
+    targets: Mapping[str, float]
     memory_target: float = 1.25
-    changes: dict[str, Any] = field(default_factory=dict)  # of the preset
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the preset
     trained: tuple[str, ...] = ()  # patterns of the parameters that learn; none: all, or the adapters
     examples: str = "text"  # see worker.examples
+    contestants: tuple[str, ...] = ENGINES
 
     @property
     def config(self) -> GPTConfig:
         return PRESETS[self.preset].replace(**self.changes)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result says that was asked for: two results of other settings are not compared."""
+        return {
+            "work": "train",
+            "preset": self.preset,
+            "changes": dict(self.changes),
+            "batch": self.batch,
+            "length": self.length,
+            "trained": list(self.trained),
+            "examples": self.examples,
+        }
 
+
+STEP = {"torch": 0.9, "plain": 0.9, "plain fused": 1.0}
+FINETUNING = {"torch": 1.15}
+LLAMA = (*ENGINES, "torch compiled", "transformers")
 ADAPTERS = {"lora": {"rank": 16, "alpha": 16.0}}  # in all linear layers
 CLASSES = {"tie_embeddings": False, "n_outputs": 2, "head_bias": True}
 LAST_BLOCK = ("blocks.11.*", "final_norm.*", "head.*")
 CASES = {
-    "gpt2-small": Case("gpt2-small", batch=2, length=256, rounds=11, time_target=1.0),
-    "course-llama": Case("course-llama", batch=2, length=256, rounds=11, time_target=1.0),
-    "bytes-small": Case("bytes-small", batch=16, length=128, rounds=51, time_target=0.9),
-    "classify": Case("gpt2-small", 8, 120, 11, 1.15, changes=CLASSES, trained=LAST_BLOCK, examples="label"),
-    "lora": Case("gpt2-small", 4, 128, 11, 1.15, changes=ADAPTERS),
-    "dpo": Case("gpt2-small", 4, 128, 11, 1.15, changes=ADAPTERS, examples="dpo"),
-    "orpo": Case("gpt2-small", 4, 128, 11, 1.15, changes=ADAPTERS, examples="orpo"),
+    "gpt2-small": Case("gpt2-small", 2, 256, 3, STEP, 1.1, contestants=EVERY),
+    "course-llama": Case("course-llama", 2, 256, 3, STEP, 1.1, contestants=LLAMA),
+    "bytes-small": Case("bytes-small", 16, 128, 10, STEP, 1.1, contestants=EVERY),
+    "classify": Case("gpt2-small", 8, 120, 3, FINETUNING, changes=CLASSES, trained=LAST_BLOCK, examples="label"),
+    "lora": Case("gpt2-small", 4, 128, 3, FINETUNING, changes=ADAPTERS),
+    "dpo": Case("gpt2-small", 4, 128, 3, FINETUNING, changes=ADAPTERS, examples="dpo"),
+    "orpo": Case("gpt2-small", 4, 128, 3, FINETUNING, changes=ADAPTERS, examples="orpo"),
 }
 WITH_FULL = "lora"  # the case whose steps are held against those of the whole model, which are to take no less
 
 NAMES = (*CASES, *generate.CASES)
 
 
-def measure(name: str, case: Case, rounds: int) -> dict[str, Any]:
-    """Times in seconds, memory in bytes, ratios NumPy / PyTorch."""
-    settings: dict[str, Any] = {"work": "train", "batch": case.batch, "length": case.length}
-    own = {**settings, "trained": case.trained, "examples": case.examples}
-    workers = {engine: Worker(case.config, {**own, "engine": engine}) for engine in ENGINES}
+def measure(name: str, case: Case, sessions: int, rounds: int) -> dict[str, Any]:
+    """Times in seconds, memory in bytes, ratios ours / theirs."""
+    shared = {"batch": case.batch, "length": case.length}
+    own = model_settings(case.config, "train", **shared, trained=case.trained, examples=case.examples)
+    contestants = {each: own for each in case.contestants}
     if name == WITH_FULL:
-        workers |= {f"{e} full": Worker(PRESETS[case.preset], {**settings, "engine": e}) for e in ENGINES}
-    times: dict[str, list[dict[str, float]]] = {engine: [] for engine in workers}
-    for _ in track(range(rounds), f"{name}, {case.batch} x {case.length} tokens", transient=True):
-        for engine, worker in workers.items():
-            times[engine].append(worker.ask("step"))
-    peaks = {engine: worker.close()["peak_bytes"] for engine, worker in workers.items()}
-
-    def ratios(ours: str, theirs: str) -> list[float]:
-        return [a["step"] / b["step"] for a, b in zip(times[ours], times[theirs], strict=True)]
-
-    pairs = ratios("numpy", "torch")
-    full: dict[str, Any] = {}
+        full = model_settings(PRESETS[case.preset], "train", **shared)
+        contestants |= {f"{engine} full": full for engine in ENGINES}
+    taken = take_turns(f"{name}, {case.batch} x {case.length} tokens", contestants, sessions, rounds)
+    _agree(name, {each: taken[each].first[0]["loss"] for each in case.contestants})
+    document = summary(case.settings, taken, case.targets, case.memory_target)
+    for each in document["contestants"].values():
+        each["tokens_per_s"] = case.batch * case.length / each["seconds"]["median"]
     if name == WITH_FULL:
-        full["of_full"] = {engine: median(ratios(engine, f"{engine} full")) for engine in ENGINES}
-        full["of_full_optimizer"] = _moments(case.config) / _moments(PRESETS[case.preset])
-    return {
-        "preset": case.preset,
-        "batch": case.batch,
-        "length": case.length,
-        "rounds": rounds,
-        "engines": {
-            engine: {part: median(t[part] for t in times[engine]) for part in times[engine][0]}
-            | {"tokens_per_s": case.batch * case.length / median(t["step"] for t in times[engine])}
-            | {"peak_bytes": peaks[engine]}
-            for engine in workers
-        },
-        **full,
-        "time_ratio": median(pairs),
-        "time_ratio_quartiles": quantiles(pairs, n=4)[::2] if rounds > 1 else [pairs[0], pairs[0]],
-        "time_target": case.time_target,
-        "memory_ratio": peaks["numpy"] / peaks["torch"],
-        "memory_target": case.memory_target,
-    }
+        pairs = {e: stats.ratios(taken[e].sessions(), taken[f"{e} full"].sessions()) for e in ENGINES}
+        document["of_full"] = {e: median(r for session in ratios for r in session) for e, ratios in pairs.items()}
+        document["of_full_optimizer"] = _moments(case.config) / _moments(PRESETS[case.preset])
+    return document
+
+
+def _agree(name: str, losses: Mapping[str, float]) -> None:
+    """UserError where contestants had another loss of the same tokens by the same weights than the first of them."""
+    (first, wanted), *others = losses.items()
+    for contestant, loss in others:
+        if not abs(loss - wanted) <= AGREEMENT * abs(wanted):
+            raise UserError(f"{name}: {contestant} computes another loss than {first}: {loss:.6g}, not {wanted:.6g}")
 
 
 def _moments(config: GPTConfig) -> int:
@@ -109,44 +122,36 @@ def _moments(config: GPTConfig) -> int:
     return sum(map(math.prod, optimizer_shapes(config, trained_names(config)).values()))
 
 
-def main(names: list[str], rounds: int | None, out: Path | None) -> int:
-    """Measure these cases, or all, print the table, write JSON; 0 even if a target is missed: the table shows it."""
-    require("torch", extra="torch")
+def main(names: list[str], sessions: int | None, rounds: int | None, out: Path | None) -> int:
+    """Measure these cases, or all, print the tables, write JSON; 0 even if a target is missed: the tables show it."""
+    check_installed("torch", extra="torch")
     for name in names:
         if name not in NAMES:
             raise UserError(f"{name!r} is not one of {', '.join(NAMES)}")
-    if rounds is not None and rounds < 1:
-        raise UserError(f"rounds: expected at least 1, got {rounds}")
-    chosen = names or NAMES
-    training = [name for name in chosen if name in CASES]
-    measured = {name: measure(name, CASES[name], rounds or CASES[name].rounds) for name in training}
-    if measured:
-        _print(measured)
-    for name in (name for name in chosen if name in generate.CASES):
-        measured[name] = generate.measure(generate.CASES[name], rounds or generate.ROUNDS)
-        generate.show(measured[name])
+    check_counts(sessions, rounds)
+    sessions = sessions or SESSIONS
+    measured: dict[str, Any] = {}
+    for name in names or NAMES:
+        if name in CASES:
+            measured[name] = measure(name, installed(CASES[name]), sessions, rounds or CASES[name].rounds)
+        else:
+            measured[name] = generate.measure(generate.CASES[name], sessions, rounds or generate.ROUNDS)
+        show(name, measured[name])
     if out:
-        results.write(out, "cpu", measured)
+        results.write(out, "cpu", measured, ceilings=ceilings.measure())
     return 0
 
 
-def _print(measured: dict[str, Any]) -> None:
-    table = Table("case", "numpy ms", "torch ms", "ratio", "target", "numpy MiB", "torch MiB", "ratio", "target")
-    for name, case in measured.items():
-        engines = [case["engines"][engine] for engine in ENGINES]
-        table.add_row(
-            name,
-            *(f"{1e3 * figures['step']:.0f}" for figures in engines),
-            f"{case['time_ratio']:.2f}",
-            f"{case['time_target']:.2f}",
-            *(f"{figures['peak_bytes'] / 2**20:.0f}" for figures in engines),
-            f"{case['memory_ratio']:.2f}",
-            f"{case['memory_target']:.2f}",
-        )
-    console = Console(width=100)
-    console.print(table)
-    for name, case in measured.items():
-        if "of_full" in case:
-            of = ", ".join(f"{engine} {ratio:.2f}" for engine, ratio in case["of_full"].items())
-            console.print(f"{name}: a step takes of one of the whole model: {of}; target 1.00")
-            console.print(f"{name}: the optimizer keeps {case['of_full_optimizer']:.2%} of its numbers; target 3%")
+def check_counts(sessions: int | None, rounds: int | None) -> None:
+    """UserError for less than one."""
+    for name, count in (("sessions", sessions), ("rounds", rounds)):
+        if count is not None and count < 1:
+            raise UserError(f"{name}: expected at least 1, got {count}")
+
+
+def installed(case: Case) -> Case:
+    """The case without contestants that are not installed."""
+    there = is_installed("transformers")
+    return dataclasses.replace(
+        case, contestants=tuple(name for name in case.contestants if there or name != "transformers")
+    )

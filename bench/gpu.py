@@ -160,6 +160,7 @@ def measure(run: Run, case: Case) -> None:
                 unit=case.unit,
                 of_ceiling=rate / run.findings.ceilings[kind],
                 peak_bytes=peaks.get((name, direction), 0),
+                sessions=clock.batches(taken),
             )
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Measurement:
     unit: str
     of_ceiling: float
     peak_bytes: int = 0  # beyond the arguments; 0 where it was not asked for
+    sessions: Sequence[Sequence[float]] = ()  # every call's seconds, in consecutive parts
 
     @property
     def place(self) -> tuple[Any, ...]:

@@ -1,16 +1,20 @@
-"""One engine in a process of its own, so that its threads share the cores with nobody else's.
+"""One contestant in a process of its own, so that its threads share the cores with nobody else's.
 
-Reads a case as JSON from standard input and answers with one JSON line when the model is ready; then, for each line it
-reads, does the case's work once and answers with the seconds of its parts. The end of the input ends it, with the peak
-of its memory.
+Reads a case as JSON from standard input and answers with one JSON line when all is ready; then, for each line it
+reads, does the case's work once and answers with the seconds of it and of its parts. The end of the input ends it,
+with the peak of its memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -23,23 +27,54 @@ from reference.init import initialize
 from reference.torch_rng import Generator
 
 Work = Callable[[], dict[str, float]]
+LR, MAX_NORM = 1e-4, 1.0
 
 
-def training_step(case: dict[str, Any], config: GPTConfig, params: dict[str, np.ndarray]) -> Work:
-    """Forward, backward, clip, AdamW on new random examples."""
-    optimizer = OptimizerConfig(trained=tuple(case.get("trained", ())))
-    engine = create_engine(case["engine"], config, params, optimizer, device="cpu")
+def train(case: dict[str, Any]) -> Work:
+    """Forward, backward, clip, AdamW on new random examples, the same for all contestants; and the loss they had.
+
+    Contestants are our engines ("numpy", "torch", "torch compiled"), plain loops in PyTorch ("plain", "plain fused")
+    and such a loop around a model of transformers ("transformers").
+    """
+    config, params = _model(case)
+    step = (_plain if case["contestant"].partition(" ")[0] in ("plain", "transformers") else _ours)(
+        case, config, params
+    )
     rng = np.random.default_rng(0)
+    return lambda: step(rng.integers(0, config.vocab_size, (case["batch"], case["length"] + 1)))
 
-    def step() -> dict[str, float]:
-        tokens = rng.integers(0, config.vocab_size, (case["batch"], case["length"] + 1))
+
+Step = Callable[[np.ndarray], dict[str, float]]  # tokens (B, T + 1) -> seconds and loss
+
+
+def _ours(case: dict[str, Any], config: GPTConfig, params: dict[str, np.ndarray]) -> Step:
+    name, _, how = case["contestant"].partition(" ")
+    optimizer = OptimizerConfig(trained=tuple(case.get("trained", ())))
+    engine = create_engine(name, config, params, optimizer, device="cpu", compile=how == "compiled")
+
+    def step(tokens: np.ndarray) -> dict[str, float]:
         batch = examples(case.get("examples", "text"), tokens, config.n_outputs)
         start = perf_counter()
-        engine.accumulate(batch)
+        loss = engine.accumulate(batch)
         computed = perf_counter()
-        engine.step(1e-4, max_norm=1.0)
+        engine.step(LR, max_norm=MAX_NORM)
         end = perf_counter()
-        return {"step": end - start, "gradients": computed - start, "update": end - computed}
+        return {"seconds": end - start, "gradients": computed - start, "update": end - computed, "loss": loss}
+
+    return step
+
+
+def _plain(case: dict[str, Any], config: GPTConfig, params: dict[str, np.ndarray]) -> Step:
+    from bench import plain
+
+    if case["contestant"] == "transformers":
+        loop = plain.Loop(_transformers(config, params).train())
+    else:
+        loop = plain.Loop(plain.create(config, params), fused=case["contestant"] == "plain fused")
+
+    def step(tokens: np.ndarray) -> dict[str, float]:
+        inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+        return loop.step(inputs, targets, MAX_NORM)
 
     return step
 
@@ -56,13 +91,14 @@ def examples(kind: str, tokens: np.ndarray, n_outputs: int) -> Examples:
     return Preferences(inputs, answers, "dpo" if kind == "dpo" else "orpo", 0.1, np.full(len(inputs), -5.0 * T))
 
 
-def generation(case: dict[str, Any], config: GPTConfig, params: dict[str, np.ndarray]) -> Work:
+def generate(case: dict[str, Any]) -> Work:
     """The same prompt continued greedily, by an engine with a cache or without, or by transformers' `generate`."""
+    config, params = _model(case)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, case["prompt"])
-    if case["engine"] == "transformers":
-        write = _transformers(config, params, prompt, case["tokens"])
+    if case["contestant"] == "transformers":
+        write = _transformers_writer(config, params, prompt, case["tokens"])
     else:
-        name, _, uncached = case["engine"].partition(" ")
+        name, _, uncached = case["contestant"].partition(" ")
         engine, sampling = create_engine(name, config, params, device="cpu"), Sampling(case["tokens"])
 
         def write() -> None:
@@ -70,29 +106,15 @@ def generation(case: dict[str, Any], config: GPTConfig, params: dict[str, np.nda
             while writer.running:
                 writer.step()
 
-    def generate() -> dict[str, float]:
-        start = perf_counter()
-        write()
-        return {"seconds": perf_counter() - start}
-
-    return generate
+    return _timed(write)
 
 
-def _transformers(
+def _transformers_writer(
     config: GPTConfig, params: dict[str, np.ndarray], prompt: np.ndarray, tokens: int
 ) -> Callable[[], None]:
-    import tempfile
-    from pathlib import Path
-
     import torch
-    import transformers
 
-    from gpt.weights.huggingface import save_folder
-    from gpt.weights.native import SavedModel
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_folder(Path(folder) / "model", SavedModel(params, config, None))
-        model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
+    model = _transformers(config, params).eval()
     inputs = torch.from_numpy(prompt)[None]
     settings = {
         "max_new_tokens": tokens,
@@ -110,16 +132,71 @@ def _transformers(
     return write
 
 
-WORK = {"train": training_step, "generate": generation}
+def _transformers(config: GPTConfig, params: dict[str, np.ndarray]) -> Any:
+    """Its model of this architecture, with these parameters."""
+    import transformers
+
+    from gpt.weights.huggingface import save_folder
+    from gpt.weights.native import SavedModel
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(Path(folder) / "model", SavedModel(params, config, None))
+        return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
+
+
+def product(case: dict[str, Any]) -> Work:
+    """One (n, n) by (n, n) product in float32, by NumPy or by PyTorch on the CPU or on a GPU ("torch cuda")."""
+    a, b = np.random.default_rng(0).normal(size=(2, case["n"], case["n"])).astype(np.float32)
+    if case["contestant"] == "numpy":
+        return _timed(lambda: a @ b)
+    import torch
+
+    device = case["contestant"].partition(" ")[2]
+    x, y = (torch.from_numpy(array).to(device) for array in (a, b))
+
+    def multiply() -> None:
+        x @ y
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return _timed(multiply)
+
+
+def copy(case: dict[str, Any]) -> Work:
+    """A copy of `bytes` bytes by as many threads as there are cores, each its part."""
+    threads = len(os.sched_getaffinity(0))
+    source = np.ones(case["bytes"] // 8)
+    target = np.zeros_like(source)
+    parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    pool = ThreadPoolExecutor(threads)  # NumPy lets other threads run while it copies
+    return _timed(lambda: list(pool.map(lambda part: np.copyto(*part), parts)))
+
+
+def _timed(work: Callable[[], Any]) -> Work:
+    def timed() -> dict[str, float]:
+        start = perf_counter()
+        work()
+        return {"seconds": perf_counter() - start}
+
+    return timed
+
+
+def _model(case: dict[str, Any]) -> tuple[GPTConfig, dict[str, np.ndarray]]:
+    """Random weights, and the same for all: to speed, numbers are alike."""
+    config = GPTConfig.from_dict(case["config"])
+    return config, initialize(config, Generator(1), "gpt2")
+
+
+WORK = {"train": train, "generate": generate, "product": product, "copy": copy}
 
 
 def main() -> None:
     case = json.loads(sys.stdin.readline())
-    config = GPTConfig.from_dict(case["config"])
-    work = WORK[case["work"]](case, config, initialize(config, Generator(1), "gpt2"))
-    if case.get("warm_up", True):
-        work()  # the first time allocates memory, a training step its gradients and the optimizer's
-    print(json.dumps("ready"), flush=True)
+    work = WORK[case["work"]](case)
+    # The first time allocates memory, a training step its gradients and the optimizer's.
+    first = work() if case.get("warm_up", True) else {}
+    print(json.dumps(first), flush=True)
     for _ in sys.stdin:
         print(json.dumps(work()), flush=True)
     print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)

@@ -5,14 +5,22 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cpu, generate, layers, matmul, results
+from bench import ceilings, contest, cpu, generate, layers, matmul, process, results, sweep, work, worker
+from gpt.errors import UserError
+from reference import GPT, PRESETS
+from reference.init import initialize
+from reference.torch_rng import Generator
 
 pytest.importorskip("torch")
+
+from bench import plain
 
 
 def test_products_are_timed_on_the_cpu_and_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
@@ -20,46 +28,166 @@ def test_products_are_timed_on_the_cpu_and_a_missing_gpu_is_said(tmp_path, monke
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(matmul, "SIZES", (32,))
-    monkeypatch.setattr(matmul, "SECONDS", 0.01)
-    assert bench.main(["matmul", "--out", str(tmp_path / "matmul.json")]) == 0
+    assert matmul.main(tmp_path / "matmul.json", sessions=1, rounds=2) == 0
     assert "no such device" in capsys.readouterr().out
-    rates = json.loads((tmp_path / "matmul.json").read_text())["cases"]["32"]
-    assert rates["numpy"] > 0
-    assert rates["torch cpu"] > 0
-    assert rates["torch cuda"] is None
+    case = results.read(tmp_path / "matmul.json")["cases"]["32"]
+    assert {name: len(each["seconds"]["sessions"][0]) for name, each in case["contestants"].items()} == {
+        "numpy": 2,
+        "torch cpu": 2,
+    }
+    assert case["ratios"]["numpy / torch cpu"]["median"] > 0
 
 
-def test_both_engines_step_in_turns_and_the_results_say_with_what(tmp_path):
+def test_engines_and_peers_step_in_turns_and_the_results_say_with_what(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    who = tuple(name for name in cpu.EVERY if name != "torch compiled")  # which takes its time
+    tiny = dataclasses.replace(cpu.CASES["bytes-small"], preset="bytes-tiny", batch=2, length=16, contestants=who)
+    monkeypatch.setitem(cpu.CASES, "bytes-small", tiny)
+    monkeypatch.setattr(ceilings, "measure", partial(ceilings.measure, 64, 2**16, 1, 1))
     out = tmp_path / "cpu.json"
-    command = [sys.executable, "-m", "bench", "cpu", "bytes-small", "--rounds", "2", "--out", str(out)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], capture_output=True)
-    document = json.loads(out.read_text())
+    assert bench.main(["cpu", "bytes-small", "--sessions", "1", "--rounds", "2", "--out", str(out)]) == 0
+    document = results.read(out)
     case = document["cases"]["bytes-small"]
     assert document["kind"] == "cpu"
-    assert {"numpy", "torch"} <= set(document["versions"])
-    assert set(case["engines"]) == {"numpy", "torch"}
-    assert case["time_ratio"] > 0
-    assert all(figures["peak_bytes"] > 50 * 2**20 for figures in case["engines"].values())
+    assert {"numpy", "torch", "transformers"} <= set(document["versions"])
+    assert set(case["contestants"]) == set(who)
+    for figures in case["contestants"].values():
+        (rounds,) = figures["seconds"]["sessions"]
+        assert len(rounds) == 2
+        assert min(rounds) <= figures["seconds"]["median"] <= max(rounds)
+        assert figures["gradients"] + figures["update"] == pytest.approx(figures["seconds"]["median"], rel=0.9)
+        assert figures["tokens_per_s"] == pytest.approx(32 / figures["seconds"]["median"])
+        assert figures["peak_bytes"] > 2**24
+    assert case["control"] == "plain"
+    assert {f"numpy / {peer}" for peer in who[1:]} <= set(case["ratios"])
+    assert document["ceilings"]["operations_per_s"] > 0
+    assert document["ceilings"]["bytes_per_s"] > 0
+
+
+@pytest.mark.parametrize("contestant, engine, compiled", [("torch", "torch", False), ("torch compiled", "torch", True)])
+def test_a_compiled_contestant_is_compiled(monkeypatch, contestant, engine, compiled):
+    asked = []
+    monkeypatch.setattr(worker, "create_engine", lambda *arguments, **settings: asked.append((arguments[0], settings)))
+    worker.train({"contestant": contestant, "config": PRESETS["bytes-tiny"].to_dict(), "batch": 2, "length": 4})
+    assert asked == [(engine, {"device": "cpu", "compile": compiled})]
+
+
+def test_the_plain_loop_s_model_is_ours():
+    config = PRESETS["bytes-tiny"]
+    params = initialize(config, Generator(1), "gpt2")
+    rng = np.random.default_rng(0)
+    params = {name: array + rng.normal(0, 0.1, array.shape).astype(np.float32) for name, array in params.items()}
+    tokens = rng.integers(0, config.vocab_size, (2, 9))
+    import torch
+
+    theirs = plain.create(config, params)(torch.from_numpy(tokens)).detach().numpy()
+    np.testing.assert_allclose(theirs, GPT(config, params)(tokens), rtol=0, atol=1e-4)
+
+
+def test_a_peer_with_another_loss_is_refused():
+    cpu._agree("some case", {"numpy": 5.0, "plain": 5.001, "torch": 4.999})
+    with pytest.raises(UserError, match="some case: plain computes another loss than numpy: 5.1, not 5"):
+        cpu._agree("some case", {"numpy": 5.0, "torch": 5.0, "plain": 5.1})
+    with pytest.raises(UserError, match="torch computes another loss"):
+        cpu._agree("some case", {"numpy": 5.0, "torch": float("nan")})
 
 
 @pytest.mark.parametrize("name", ["classify", "lora", "orpo"])
 def test_steps_that_finetune_are_timed_and_those_of_adapters_held_against_the_whole_model_s(name):
     case = dataclasses.replace(cpu.CASES[name], preset="bytes-tiny", batch=2, length=16, trained=())
-    measured = cpu.measure(name, case, rounds=2)
-    assert measured["time_ratio"] > 0
+    measured = cpu.measure(name, case, sessions=1, rounds=2)
+    assert measured["ratios"]["numpy / torch"]["median"] > 0
     assert ("of_full" in measured) == (name == "lora")
     if name == "lora":
-        assert set(measured["engines"]) == {"numpy", "torch", "numpy full", "torch full"}
+        assert set(measured["contestants"]) == {"numpy", "torch", "numpy full", "torch full"}
+        assert set(measured["ratios"]) == {"numpy / torch"}
         assert 0 < measured["of_full_optimizer"] < 1
 
 
 def test_generation_is_timed_with_and_without_a_cache_and_by_transformers():
     pytest.importorskip("transformers")
-    measured = generate.measure("bytes-llama", rounds=1, tokens=5)
-    assert set(measured["writers"]) == {"numpy", "torch", "transformers", "numpy uncached"}
-    assert all(figures["tokens_per_s"] > 0 for figures in measured["writers"].values())
+    measured = generate.measure("bytes-llama", sessions=1, rounds=2, tokens=5)
+    rounds = {name: len(each["seconds"]["sessions"][0]) for name, each in measured["contestants"].items()}
+    assert rounds == {"numpy": 2, "torch": 2, "transformers": 2, "numpy uncached": 1}
+    assert all(figures["tokens_per_s"] > 0 for figures in measured["contestants"].values())
     assert all(ratio["median"] > 0 for ratio in measured["ratios"].values())
-    generate.show(measured)
+    contest.show("generate", measured)
+
+
+def test_turns_begin_with_another_contestant_each_round_and_sessions_with_fresh_processes(monkeypatch):
+    made, asked = [], []
+
+    class Fake:
+        def __init__(self, name, settings):
+            made.append(name)
+            self.name, self.first = name, {"loss": len(made)}
+
+        def ask(self, message):
+            asked.append(self.name)
+            return {"seconds": len(asked)}
+
+        def close(self):
+            return {"peak_bytes": 7}
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(process, "Worker", Fake)
+    taken = process.take_turns("", {"a": {}, "b": {}, "c": {}}, sessions=2, rounds=3, once=("c",))
+    assert made == ["a", "b", "c"] * 2
+    assert asked == [*"abc", *"ba", *"ab"] * 2
+    assert taken["a"].sessions() == [[1, 5, 6], [8, 12, 13]]
+    assert taken["c"].sessions() == [[3], [10]]
+    assert taken["b"].peaks == [7, 7]
+
+
+def test_a_worker_that_dies_is_one_line_and_leaves_nobody_behind(monkeypatch):
+    made = []
+
+    class Kept(process.Worker):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(process, "Worker", Kept)
+    works = {"numpy": {"work": "product", "n": 8}, "other": {"work": "nothing that there is"}}
+    with pytest.raises(UserError, match="other: its process ended early with status 1"):
+        process.take_turns("", works, 1, 1)
+    assert [each.name for each in made] == ["numpy", "other"]
+    assert all(each.process.poll() is not None for each in made)
+
+
+def test_cost_is_fitted_along_each_axis(tmp_path, monkeypatch, capsys):
+    sizes = tuple(sweep.Point(n, PRESETS["bytes-tiny"], n // 8, 8) for n in (8, 32))
+    monkeypatch.setattr(sweep, "AXES", {"tokens": sweep.Axis("tokens in a step", sizes)})
+    monkeypatch.setattr(sweep, "CONTESTANTS", ("numpy", "torch"))
+    monkeypatch.setattr(ceilings, "measure", dict)
+    assert bench.main(["sweep", "--sessions", "1", "--rounds", "2", "--out", str(tmp_path / "sweep.json")]) == 0
+    assert "exponent" in capsys.readouterr().out
+    cases = results.read(tmp_path / "sweep.json")["cases"]
+    assert [case["n"] for case in cases.values()] == [8, 32]
+    for case, power in zip(cases.values(), (0.01, 0.08), strict=True):  # as if t = n^1.5 / 2263
+        case["contestants"]["numpy"]["seconds"]["median"] = power
+    found = {name: fit for _, name, fit, _ in sweep.fits(cases)}
+    assert found["numpy"].exponent == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("axis", sweep.AXES)
+def test_along_an_axis_one_thing_grows(axis):
+    points = sweep.AXES[axis].points
+    assert [point.n for point in points] == sorted({point.n for point in points})
+    grows = {
+        "tokens": lambda p: p.batch * p.length,
+        "width": lambda p: p.config.emb_dim,
+        "depth": lambda p: p.config.n_layers,
+        "length": lambda p: p.length,
+        "parameters": lambda p: p.config.n_parameters,
+    }
+    for point in points:
+        assert point.n == grows[axis](point)
+        assert point.length <= point.config.context_length
+        assert plain.can(point.config)
+    assert axis != "parameters" or (points[0].n < 1.1e6 and points[-1].n > 124e6)
 
 
 def test_each_layer_has_a_benchmark_that_runs_on_either_engine(tmp_path):
@@ -70,11 +198,27 @@ def test_each_layer_has_a_benchmark_that_runs_on_either_engine(tmp_path):
     # A benchmark is not taken by one of several workers, and so this must not look like one.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     subprocess.run(command + options, check=True, cwd=Path(__file__).parents[2], capture_output=True, env=alone)
+    report, cases = json.loads(out.read_text()), {}
+    layers.add(cases, report)
+    layers.add(cases, report)
+    layers.finish(cases)
+    kept = cases["layer_norm forward"]["contestants"]["numpy"]["seconds"]["sessions"]
+    assert len(kept) == 2
+    assert 1 <= len(kept[0]) <= layers.KEPT
     timed = {(b["params"]["engine"], b["params"]["name"]) for b in json.loads(out.read_text())["benchmarks"]}
     assert {(engine, name) for engine in ("numpy", "torch") for name in ("dropout", "layer_norm")} <= timed
 
 
-@pytest.mark.parametrize("arguments, expected", [(["cpu", "gpt5"], "gpt5"), (["cpu", "--rounds", "0"], "at least 1")])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["cpu", "gpt5"], "'gpt5' is not one of gpt2-small"),
+        (["cpu", "--rounds", "0"], "rounds: expected at least 1, got 0"),
+        (["sweep", "--sessions", "-1"], "sessions: expected at least 1, got -1"),
+        (["sweep", "heads"], "'heads' is not one of tokens, width"),
+        (["quality", "huge"], "'huge' is not one of small, tiny"),
+    ],
+)
 def test_a_mistake_is_one_line(arguments, expected, capsys):
     assert bench.main(arguments) == 2
     error = capsys.readouterr().err
@@ -90,4 +234,33 @@ def test_an_unwritable_result_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_the_surroundings_name_machine_and_versions():
-    assert {"date", "machine", "python", "versions", "commit"} == set(results.surroundings())
+    found = results.surroundings()
+    assert set(found) == {"date", "machine", "python", "versions", "environment", "commit", "dirty"}
+    assert {"processor", "cores", "memory_bytes", "system"} <= set(found["machine"])
+    assert found["machine"]["memory_bytes"] > 2**28
+    assert {"numpy", "torch", "transformers"} <= set(found["versions"])
+
+
+def test_a_result_is_read_as_it_was_written_with_its_rounds_on_a_line(tmp_path):
+    cases = {"a": {"rounds": [[1.5, 2e-07, -3.0], [4.0]], "name": "[\n1\n]", "none": []}}
+    results.write(tmp_path / "some.json", "cpu", cases, ceilings={"x": 1})
+    document = results.read(tmp_path / "some.json")
+    assert document["cases"] == cases
+    assert document["ceilings"] == {"x": 1}
+    assert "[1.5, 2e-07, -3.0]" in (tmp_path / "some.json").read_text()
+
+
+def test_work_is_what_is_counted_by_hand():
+    """A model of 1 block, 2 wide, 1 head, MLP of 8, 5 tokens: 3 products for each, attention's 2 and 5 at half."""
+    config = PRESETS["bytes-tiny"].replace(
+        vocab_size=5, context_length=3, emb_dim=2, n_layers=1, n_heads=1, head_dim=2, mlp_dim=8
+    )
+    matrices = 4 * 2 * 2 + 2 * 2 * 8 + 5 * 2
+    counted = work.gradients(config, batch=1, length=3)
+    assert counted.operations == 3 * 2 * matrices * 3 + 3.5 * (4 * 3 * 3 * 2 / 2)
+    assert counted.bytes == 3 * 4 * config.n_parameters
+    forward, backward = work.LAYERS["linear"](7, 2, 3, 5)  # 6 rows, 5 to 7
+    assert forward == (2 * 6 * 5 * 7, 4 * (6 * 5 + 7 * 5 + 6 * 7))
+    assert backward == (2 * forward.operations, 4 * (2 * 6 * 5 + 2 * 7 * 5 + 6 * 7))
+    assert work.LAYERS["attention"](1, 2, 2, 8, 8, 4)[0].operations == 2 * 2 * 8 * 8 * 4
+    assert work.Work(100, 10).least_seconds(50, 2) == 5

@@ -102,6 +102,15 @@ def test_calls_are_made_in_turns():
     assert [len(seconds) for seconds in taken.values()] == [3, 3]
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 200])
+def test_batches_are_consecutive_and_lose_no_call(count):
+    taken = [1e-3 * i for i in range(1, count + 1)]
+    parts = clock.batches(taken)
+    assert [x for part in parts for x in part] == pytest.approx(taken)
+    assert len(parts) == min(5, count)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_a_peer_that_cannot_run_or_computes_something_else_is_listed_with_its_reason(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("not on this machine\nand more")
@@ -263,6 +272,7 @@ def test_the_whole_of_it_at_tiny_sizes(tmp_path):
         assert 0 < m["quartiles"][0] <= m["seconds"] <= m["quartiles"][1]
         assert m["rate"] > 0
         assert m["of_ceiling"] > 0
+        assert sum(map(len, m["sessions"])) == m["calls"]
     assert [(m["operators"], m["mode"]) for m in found["models"]] == [("triton", "eager"), ("torch", "eager")]
     assert all(m["tokens_per_s"] > 0 for m in found["models"])
     for plot in ("attention", "bandwidth", "model"):
