@@ -19,7 +19,8 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 if not __import__("torch").distributed.is_available():
     pytest.skip("this PyTorch was built without torch.distributed", allow_module_level=True)
 
-from tests.gpt.train import distributed_worker  # noqa: E402
+from tests.gpt.train import distributed_worker
+from tests.gpt.train.distributed_worker import KERNELS
 
 ROOT = Path(__file__).parents[3]
 WORKER = str(Path(distributed_worker.__file__).relative_to(ROOT))
@@ -37,7 +38,12 @@ def torchrun(processes: int, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     port = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # any that is free
     return subprocess.Popen(
-        [*command, *port, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, *port, *words],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -72,6 +78,7 @@ def alone() -> dict[str, np.ndarray]:
 def assert_same_results(found: dict[str, np.ndarray], alone: dict[str, np.ndarray], way: str) -> None:
     mine = {name.removeprefix(f"{way} "): value for name, value in found.items() if name.startswith(f"{way} ")}
     assert {name for name in mine if not name.startswith("refused")} == set(alone)
+    assert len(alone) > 100
     for name, expected in alone.items():
         got = mine[name]
         assert got.shape == expected.shape, name
@@ -110,13 +117,14 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
     with np.load(out) as file:
         found = dict(file)
     assert found["same"], "the processes do not agree on what they found"
+    expected = {name: value for name, value in alone.items() if processes == 2 or KERNELS not in name}
     for way in ("ddp", "fsdp"):
-        assert_same_results(found, alone, way)
+        assert_same_results(found, expected, way)
         refused = {name: str(found[f"{way} refused {name}"]) for name in ("stream", "numpy", "parameter", "row")}
         assert refused["stream"].endswith("dropout_source: torch is one stream for one process; choose philox")
         assert refused["numpy"].startswith("UserError: engine: numpy trains in one process; choose --engine torch")
         assert refused["parameter"] == "NonFiniteError: loss is nan, first in tok_emb.weight"
-        assert refused["row"] == "NonFiniteError: loss is nan, first in blocks.0.norm1"
+        assert refused["row"] == "NonFiniteError: loss is nan, first in emb"
     for name in ("float16", "compile"):
         assert "choose" in str(found[f"fsdp refused {name}"])
     expected = ["no such file", *(f"rank {other}: no such file" for other in range(1, processes))]
@@ -136,7 +144,6 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
         np.testing.assert_allclose(logs[0][column], logs[1][column], rtol=1e-9, err_msg=column)
     files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("tuned", "tuned alone")]
     assert files[0] == files[1]
-    assert printed.count("two are merged") == 0
 
 
 def swap_model(run_dir: Path) -> None:
@@ -186,7 +193,11 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
     assert parts.state["step"] == stopped_at + 2
     for name in whole.model.params:
         np.testing.assert_allclose(
-            np.asarray(parts.model.params[name]), np.asarray(whole.model.params[name]), rtol=1e-5, atol=1e-7, err_msg=name
+            np.asarray(parts.model.params[name]),
+            np.asarray(whole.model.params[name]),
+            rtol=1e-5,
+            atol=1e-7,
+            err_msg=name,
         )
     logs = [read_log(folder) for folder in (out, tmp_path / "whole")]
     for column in ("step", "tokens", "lr", "loss", "train_loss", "val_loss"):
