@@ -1,8 +1,8 @@
-"""python -m bench.distributed: a training step shared by processes of one thread each, against one process with threads.
+"""python -m bench.distributed: a training step shared by processes of one thread each, against one with all threads.
 
-Both are PyTorch eager on this CPU and take the same steps (forward, backward, clip, AdamW) on the same batches, in turns,
-so that a machine that slows down slows both. A shared step ends when its last process ends. What counts is the median,
-over the rounds, of how many tokens a second the processes together do of those that the one does.
+Both are PyTorch eager on this CPU and take the same steps (forward, backward, clip, AdamW) on the same batches, in
+turns, so that a machine that slows down slows both. A shared step ends when its last process ends. What counts is the
+median, over the rounds, of how many tokens a second the processes together do of those that the one does.
 """
 
 from __future__ import annotations
@@ -53,8 +53,15 @@ class Workers:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MASTER_ADDR": "localhost"}
-        environment |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "CUDA_VISIBLE_DEVICES": "",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+        }
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "bench.distributed", "--worker", json.dumps([asdict(case), parallel])],

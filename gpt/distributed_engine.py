@@ -55,6 +55,7 @@ class SharedEngine(TorchEngine):
         precision: str = "full",
         compile: bool = False,
     ) -> None:
+        world.start()
         device = str(world.device()) if device == "auto" else device
         super().__init__(config, params, optimizer, dtype, device, operators, precision, compile)
         self.root = self._wrap(_Entry(self.model, self._loss, self._logps))

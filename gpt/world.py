@@ -128,8 +128,8 @@ def start(timeout: float = TIMEOUT) -> None:
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"nproc_per_node: {os.environ.get('LOCAL_WORLD_SIZE', size())} processes, "
-                f"but this machine has {torch.cuda.device_count()} GPUs"
+                f"nproc_per_node: {os.environ.get('LOCAL_WORLD_SIZE', size())} processes, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; with CUDA_VISIBLE_DEVICES= in the environment they use the CPU"
             )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)

@@ -35,6 +35,7 @@ SETTINGS = [
 def torchrun(processes: int, *words: str) -> subprocess.Popen:
     """torchrun, each process with one thread; its standard output and error in one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     port = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # any that is free
     return subprocess.Popen(
