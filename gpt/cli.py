@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt import __version__
+from gpt import __version__, world
 from gpt.errors import UserError
 from gpt.options import Parser, parse_config, run_command
 
@@ -184,17 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GONE_READER
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if world.is_first():
+            print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if os.environ.get("TWINGRAD_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        if text := world.last_words(_one_line(error)):
+            print(f"error: {text}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError | OSError) else 1
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if world.is_first():
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

@@ -51,6 +51,45 @@ class Batch(NamedTuple):
         """How many texts these are."""
         return len(self.inputs)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.inputs.shape[0], self.inputs.shape[1]
+
+    def part(self, examples: slice) -> Batch:
+        """Some of the texts."""
+        return Batch(self.inputs[examples], self.targets[examples])
+
+
+class Unread:
+    """A Batch of which each process reads its part only: what it is can be said without reading it.
+
+    `read` gives the texts of a slice. There are `shape` (B, T) of them, and every target counts.
+    """
+
+    def __init__(self, read: Callable[[slice], Batch], shape: tuple[int, int]) -> None:
+        self.part, self.shape = read, shape
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """(B, T) int64, read now."""
+        return self.part(slice(None)).inputs
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(B, T) int64, read now."""
+        return self.part(slice(None)).targets
+
+    @property
+    def counted(self) -> int:
+        """How many targets count in the mean loss."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def examples(self) -> int:
+        """How many texts these are."""
+        return self.shape[0]
+
 
 class Preferences(NamedTuple):
     """Pairs of answers to learn from: the chosen answers to P prompts, and after them the rejected ones, in order."""
@@ -70,6 +109,20 @@ class Preferences(NamedTuple):
     def examples(self) -> int:
         """How many pairs these are."""
         return self.counted
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(2 P, T)."""
+        return self.inputs.shape[0], self.inputs.shape[1]
+
+    def part(self, examples: slice) -> Preferences:
+        """Some of the pairs."""
+
+        def chosen(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([half[examples] for half in np.split(array, 2)])
+
+        reference = None if self.reference is None else chosen(self.reference)
+        return self._replace(inputs=chosen(self.inputs), targets=chosen(self.targets), reference=reference)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -119,7 +172,7 @@ class KeyValueCache(Protocol):
         ...
 
 
-Examples = Batch | Preferences
+Examples = Batch | Unread | Preferences
 
 
 class TokenLogps(NamedTuple):
@@ -141,11 +194,14 @@ class Engine(Protocol):
         the objective of the preferences."""
         ...
 
-    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> float:
-        """Add `weight` times the gradient of the mean loss; return that loss. `noise` None: without dropout."""
+    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
+        """Add `weight` times the gradient of the mean loss; return that loss. `noise` None: without dropout.
+
+        `last` is False where more follows before the step: processes that share it then need not add up yet.
+        """
         ...
 
-    def token_logps(self, batch: Batch | Preferences) -> TokenLogps:
+    def token_logps(self, batch: Examples) -> TokenLogps:
         """The log-probability of each target, without dropout."""
         ...
 
@@ -180,7 +236,7 @@ class Engine(Protocol):
         ...
 
     def parameters(self) -> Arrays:
-        """All parameters by name."""
+        """All parameters by name. Of processes that share a model all ask, and the first gets them."""
         ...
 
     def load_parameters(self, params: Mapping[str, Tensor]) -> None:
@@ -188,7 +244,10 @@ class Engine(Protocol):
         ...
 
     def optimizer_state(self) -> Arrays:
-        """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter that learns, and "step", an int64 scalar."""
+        """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter that learns, and "step", an int64 scalar.
+
+        All processes ask, as for `parameters`.
+        """
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
@@ -212,13 +271,15 @@ def create_engine(
     device: str = "auto",
     precision: str = "full",
     compile: bool = False,
+    parallel: Literal["ddp", "fsdp"] | None = None,
 ) -> Engine:
     """The engine "numpy", "torch" or "triton" holding a copy of `params`; "auto" is torch where it is installed.
 
     "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype`, of parameters and gradients, is float32 or
     float64. `precision` bfloat16 or float16 computes in that type where torch.autocast does, float16 with its gradients
     scaled; tf32 lets GPUs round the factors of float32 products to 10 bits, in the whole process. `compile` is
-    torch.compile. These two and `device` are not for the NumPy engine, which runs on the CPU.
+    torch.compile. These two and `device` are not for the NumPy engine, which runs on the CPU. `parallel` lets the
+    processes that torchrun started share each batch (gpt/distributed_engine.py).
     """
     if dtype not in ("float32", "float64"):
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
@@ -230,6 +291,8 @@ def create_engine(
     if name == "numpy":
         if device not in ("auto", "cpu"):
             raise UserError(f"device: the numpy engine runs on the cpu, not on {device!r}; choose --engine torch")
+        if parallel:
+            raise UserError("engine: numpy trains in one process; choose --engine torch, or start it without torchrun")
         if precision != "full" or compile:
             raise UserError("precision, compile: the numpy engine computes in its dtype, and compiles nothing")
         from gpt.numpy_engine import NumpyEngine
@@ -239,6 +302,10 @@ def create_engine(
         from gpt.errors import require
 
         require("torch", extra="torch")
+        if parallel:
+            from gpt.distributed_engine import ENGINES
+
+            return ENGINES[parallel](config, params, optimizer, dtype, device, name, precision, compile)
         from gpt.torch_engine import TorchEngine
 
         return TorchEngine(config, params, optimizer, dtype, device, name, precision, compile)

@@ -53,7 +53,7 @@ class NumpyEngine:
             logits, _ = model.forward(self._params, self.config, batch.inputs, keep=False)
             return float(_loss(logits, batch)[0])
 
-    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> float:
+    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
         memory.keep_freed()
         with np.errstate(over="ignore", invalid="ignore"):

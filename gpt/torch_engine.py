@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -47,8 +47,8 @@ class TorchEngine:
         chosen = choose(operators, self.device)
         self.name = chosen.name
         with torch.device("meta"):
-            model = GPT(config, chosen)
-        self.model = model.to_empty(device=self.device).to(getattr(torch, dtype))
+            model = GPT(config, chosen).to(getattr(torch, dtype))
+        self.model = self._place(model)
         self._params = dict(self.model.named_parameters())
         self.load_parameters(params)
         self.trained = face.trained_names(config, optimizer.trained)
@@ -65,6 +65,7 @@ class TorchEngine:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
         self._logps = torch.compile(self.model.token_logps) if compile else self.model.token_logps
+        self._logits: Callable[..., torch.Tensor] = self.model
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
 
     def loss(self, batch: Examples) -> float:
@@ -72,7 +73,7 @@ class TorchEngine:
         with torch.no_grad(), self._autocast():
             return float(self._mean_loss(batch))
 
-    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> float:
+    def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
         with self._autocast():
             loss = self._mean_loss(batch, noise)
@@ -100,7 +101,7 @@ class TorchEngine:
         face.check_tokens(batch.inputs, self.config)
         inputs, targets = self._to_device(batch)
         with torch.inference_mode(), self._autocast():
-            logits = self.model(inputs)
+            logits = self._logits(inputs)
             logps = token_logps(logits, targets)
             chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
             best = (chosen >= logits.amax(dim=-1)) & (targets != IGNORE)
@@ -109,19 +110,19 @@ class TorchEngine:
     def gradients(self) -> Arrays:
         scale = self._scaler.get_scale()
         grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
-        return {name: (grad / scale if scale != 1 else grad).cpu().numpy() for name, grad in grads.items()}
+        return {name: self._whole(grad / scale if scale != 1 else grad).cpu().numpy() for name, grad in grads.items()}
 
     def gradient_norm(self) -> float:
         grads = [p.grad for p in self._trained.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item() / self._scaler.get_scale()
+        return self._whole(torch.nn.utils.get_total_norm(grads)).item() / self._scaler.get_scale()
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
         self._scaler.unscale_(self._optimizer)
         grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
-        total = torch.nn.utils.get_total_norm(grads.values())
+        total = self._whole(torch.nn.utils.get_total_norm(grads.values()))
         norm = total.item()
         if not np.isfinite(norm) and not self._scaler.is_enabled():  # else the scale was too large: no step, and less
-            wrong = [name for name, gradient in grads.items() if not torch.isfinite(gradient).all()]
+            wrong = [name for name, gradient in grads.items() if not torch.isfinite(self._whole(gradient)).all()]
             where = wrong[0] if wrong else "its sum of squares"
             raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
         if max_norm is not None:
@@ -146,7 +147,7 @@ class TorchEngine:
             last = torch.from_numpy(counts[:, None] - 1).to(self.device)
         with torch.inference_mode(), self._autocast():
             inputs = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
-            logits = self.model(inputs, positions=last, cache=cache)
+            logits = self._logits(inputs, positions=last, cache=cache)
         if cache is not None:
             cache.advance(tokens.shape[1] if counts is None else counts)
         return logits[:, 0].float().cpu().numpy() if self._lower else logits[:, 0].cpu().numpy()
@@ -161,10 +162,7 @@ class TorchEngine:
         face.check_arrays(params, self.config.parameter_shapes())
         with torch.no_grad():
             for name, p in self._params.items():
-                on_host = p if p.device.type == "cpu" else torch.empty_like(p, device="cpu")
-                np.copyto(on_host.detach().numpy(), params[name])  # converts and transposes, without another copy
-                if on_host is not p:
-                    p.copy_(on_host)
+                self._fill(p, params[name])
 
     def optimizer_state(self) -> Arrays:
         state: Arrays = {"step": np.array(0, np.int64)}
@@ -179,9 +177,10 @@ class TorchEngine:
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         face.check_arrays(state, face.optimizer_shapes(self.config, self.trained))
         for name, p in self._trained.items():
-            m, v = (
-                torch.tensor(np.asarray(state[f"{moment}.{name}"]), dtype=p.dtype, device=p.device) for moment in "mv"
-            )
+            m, v = torch.empty_like(p), torch.empty_like(p)
+            with torch.no_grad():
+                self._fill(m, state[f"m.{name}"])
+                self._fill(v, state[f"v.{name}"])
             step = torch.tensor(float(np.asarray(state["step"])))
             self._optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
 
@@ -195,7 +194,9 @@ class TorchEngine:
             tensor.register_hook(note_gradient)
 
         inputs, targets = self._to_device(batch)
-        params = {name: p.detach().requires_grad_() for name, p in self._params.items()}  # the frozen ones too
+        params = {
+            name: self._whole(p.detach()).requires_grad_() for name, p in self._params.items()
+        }  # the frozen ones too
         with torch.device("meta"):
             model = GPT(self.config, separate(self.model.operators))
         logits = torch.func.functional_call(model, dict[str, torch.Tensor](params), (inputs, noise, note))
@@ -205,6 +206,21 @@ class TorchEngine:
             loss = self.model.operators.cross_entropy(logits, targets)
         trace("loss", loss.detach().cpu().numpy())
         torch.autograd.grad(loss, list(params.values()))
+
+    def _place(self, model: GPT) -> GPT:
+        """A model without data as one with memory for it."""
+        return model.to_empty(device=self.device)
+
+    def _fill(self, tensor: torch.Tensor, values: Tensor) -> None:
+        """Copy an array into a parameter, or into what is kept of it."""
+        on_host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+        np.copyto(on_host.detach().numpy(), values)  # converts and transposes, without another copy
+        if on_host is not tensor:
+            tensor.copy_(on_host)
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of which this process may hold a part only."""
+        return tensor
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._lower, enabled=self._lower is not None)

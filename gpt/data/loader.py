@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpt.engine import Batch, Examples
+from gpt import world
+from gpt.engine import Batch, Examples, Unread
 from gpt.errors import UserError
 
 __all__ = ["Loader"]
@@ -79,7 +80,14 @@ def as_tokens(ids: Sequence[int] | np.ndarray, max_length: int, vocab_size: int 
     return tokens
 
 
-def windows_at(tokens: np.ndarray, starts: np.ndarray, max_length: int) -> Batch:
-    """Batch of int64 inputs and targets (B, max_length): the windows at starts (B,), and the same one token later."""
-    windows = tokens[starts[:, None] + np.arange(max_length + 1)].astype(np.int64, copy=False)  # (B, max_length + 1)
-    return Batch(np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]))
+def windows_at(tokens: np.ndarray, starts: np.ndarray, max_length: int) -> Batch | Unread:
+    """Batch of int64 inputs and targets (B, max_length): the windows at starts (B,), and the same one token later.
+
+    Where several processes share it, each reads its own windows only.
+    """
+
+    def read(examples: slice) -> Batch:
+        windows = tokens[starts[examples, None] + np.arange(max_length + 1)].astype(np.int64, copy=False)
+        return Batch(np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]))
+
+    return read(slice(None)) if world.size() == 1 else Unread(read, (len(starts), max_length))

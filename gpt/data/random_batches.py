@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt.data.loader import as_tokens, check_data, check_positive, check_same, windows_at
-from gpt.engine import Batch
+from gpt.engine import Batch, Unread
 from reference.torch_rng import Generator
 
 __all__ = ["RandomBatches"]
@@ -52,19 +52,19 @@ class RandomBatches:
             raise TypeError("random batches without steps_per_epoch never end, so they have no len()")
         return self.steps_per_epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Unread]:
         if not self._loaded:
             self._next = 0
         self._loaded = False
         return self._tracked()
 
-    def _tracked(self) -> Iterator[Batch]:
+    def _tracked(self) -> Iterator[Batch | Unread]:
         while self.steps_per_epoch is None or self._next < self.steps_per_epoch:
             self._next += 1
             yield self._draw()
         self._next = 0
 
-    def epoch(self) -> Iterator[Batch]:
+    def epoch(self) -> Iterator[Batch | Unread]:
         """A new pass, which `state()` does not follow."""
         steps = itertools.count() if self.steps_per_epoch is None else range(self.steps_per_epoch)
         return (self._draw() for _ in steps)
@@ -79,6 +79,6 @@ class RandomBatches:
         self._next = state["next"]
         self._loaded = True
 
-    def _draw(self) -> Batch:
+    def _draw(self) -> Batch | Unread:
         starts = self.generator.randint(0, len(self.tokens) - self.max_length, (self.batch_size,))
         return windows_at(self.tokens, starts, self.max_length)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt.data.loader import as_tokens, check_data, check_positive, windows_at
 from gpt.data.order import BatchOrder
-from gpt.engine import Batch
+from gpt.engine import Batch, Unread
 from reference.torch_rng import Generator
 
 __all__ = ["WindowLoader"]
@@ -49,10 +49,10 @@ class WindowLoader:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Unread]:
         return map(self._batch, iter(self.order))
 
-    def epoch(self) -> Iterator[Batch]:
+    def epoch(self) -> Iterator[Batch | Unread]:
         """A new pass, which `state()` does not follow."""
         return map(self._batch, self.order.epoch())
 
@@ -63,5 +63,5 @@ class WindowLoader:
         check_data(state, self.data)
         self.order.load_state(state)
 
-    def _batch(self, rows: np.ndarray) -> Batch:
+    def _batch(self, rows: np.ndarray) -> Batch | Unread:
         return windows_at(self.tokens, rows * self.stride, self.max_length)

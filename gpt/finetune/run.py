@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gpt import tokenizers
+from gpt import tokenizers, world
 from gpt.data import Loader
 from gpt.data.catalogue import ENTRIES, get
 from gpt.data.files import atomic_write
@@ -27,7 +27,7 @@ from gpt.finetune.config import FinetuneConfig
 from gpt.tokenizers import Tokenizer
 from gpt.train.config import TrainConfig
 from gpt.train.progress import Progress, create_progress
-from gpt.train.run import CONFIG, carry_out, check_folder, make_engine, model_config
+from gpt.train.run import CONFIG, again, carry_out, make_engine, model_config, shared
 from gpt.train.trainer import Result, Trainer
 from gpt.weights.load import load
 from gpt.weights.native import SavedModel, save_model
@@ -88,21 +88,37 @@ def finetune(config: FinetuneConfig, make_task: MakeTask, command: str, progress
 
     `command`: by which the user can go on with it.
     """
-    check_folder(config)
-    progress = progress or create_progress()
-    trainer, task = build(config, make_task, progress)
-    task.begin(trainer.engine, progress)
-    result = carry_out(config, trainer, task.data)
-    if result.interrupted:
-        progress.line(f"To go on: {command} --config {Path(config.out, task.config_file)} --resume")
-        return result
-    _save(Path(config.out), config, trainer, task)
-    results = task.finish(trainer.engine, progress)
+    command = command.replace("twingrad", world.launcher(), 1)
+    config = again(config)
+    with shared(config, f"{command} --config {Path(config.out, CONFIG)} --resume"):
+        progress = progress or create_progress()
+        trainer, task = world.first_then_all(lambda: build(config, make_task, progress))
+        task.begin(trainer.engine, progress)
+        result = carry_out(config, trainer, task.data)
+        if result.interrupted:
+            progress.line(f"To go on: {command} --config {Path(config.out, task.config_file)} --resume")
+            return result
+        engine = _alone(config, trainer.engine)
+        world.first(lambda: _finish(config, trainer, engine, task, progress))
+    return result
+
+
+def _alone(config: FinetuneConfig, engine: Engine) -> Engine:
+    """The trained engine; where several processes share it, in the first a whole one that it can use without them."""
+    if world.size() == 1:
+        return engine
+    params = engine.parameters()
+    return make_engine(config, engine.config, params, shared=False) if world.is_first() else engine
+
+
+def _finish(config: FinetuneConfig, trainer: Trainer, engine: Engine, task: Task, progress: Progress) -> None:
+    """Write the model, and what the task makes with it."""
+    _save(Path(config.out), config, trainer, engine, task)
+    results = task.finish(engine, progress)
     write_json(Path(config.out, RESULTS), results)
     for name, value in results.items():
         if isinstance(value, int | float):
             progress.line(f"{name.replace('_', ' ')}: {value:.4g}")
-    return result
 
 
 def build(config: FinetuneConfig, make_task: MakeTask, progress: Progress | None = None) -> tuple[Trainer, Task]:
@@ -138,10 +154,10 @@ def build(config: FinetuneConfig, make_task: MakeTask, progress: Progress | None
     return trainer, task
 
 
-def _save(out: Path, config: FinetuneConfig, trainer: Trainer, task: Task) -> None:
+def _save(out: Path, config: FinetuneConfig, trainer: Trainer, engine: Engine, task: Task) -> None:
     """The finished model, and its adapters alone."""
-    model = trainer.engine.config
-    params: Mapping[str, Tensor] = trainer.engine.parameters()
+    model = engine.config
+    params: Mapping[str, Tensor] = engine.parameters()
     if model.lora:
         save_adapter(out / ADAPTER, params, model)
         params, model = merge(params, model)

@@ -132,6 +132,10 @@ class ModelConfig:
     float16's gradients scaled."""
     compile: bool = False
     """Whether PyTorch compiles the model (torch.compile), which takes a minute and pays on GPUs and in long runs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How processes that torchrun started share a model: ddp, each has the whole of it; fsdp, each a part."""
+    timeout: float = 600.0
+    """Seconds that such a process waits for another at a step before it gives it up."""
     init: Literal["book", "gpt2"] = "gpt2"
     """book: PyTorch's default initialisation. gpt2: normal 0.02 with scaled residual projections."""
     out: str = "runs/latest"
@@ -146,9 +150,11 @@ class ModelConfig:
         for name, choices in (
             ("engine", ("auto", "numpy", "torch", "triton")),
             ("dtype", ("float32", "float64")),
+            ("parallel", ("ddp", "fsdp")),
             ("init", ("book", "gpt2")),
         ):
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+        _require(self.timeout > 0, "timeout", self.timeout, "more than 0")
 
 
 @dataclass

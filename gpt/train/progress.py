@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import Any, TextIO
 
+from gpt import world
 from gpt.train.log import Row
 
 __all__ = ["Bar", "Lines", "Progress", "create_progress"]
@@ -98,7 +99,9 @@ class Bar(Progress):
 
 
 def create_progress(out: TextIO | None = None) -> Progress:
-    """A bar where `out` (standard output) is a terminal, else lines."""
+    """A bar where `out` (standard output) is a terminal, else lines; silent but in the first of several processes."""
+    if not world.is_first():
+        return Progress()
     out = out or sys.stdout
     return Bar() if out is sys.stdout and out.isatty() else Lines(out)
 

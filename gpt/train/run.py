@@ -6,16 +6,17 @@ in the book, where `torch.manual_seed` comes before the model is made. So a seed
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from gpt import tokenizers
+from gpt import tokenizers, world
 from gpt.data import (
     Loader,
     RandomBatches,
@@ -48,14 +49,16 @@ from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
 
-__all__ = ["build", "carry_out", "check_folder", "make_engine", "model_config", "train"]
+__all__ = ["again", "build", "carry_out", "check_folder", "make_engine", "model_config", "shared", "train"]
+
+Config = TypeVar("Config", bound=ModelConfig)
 
 CONFIG, LOG, PLOT = "config.yaml", "log.csv", "loss"
 # What a resumed run may change: on which engine it goes on, for how long, and how it is looked at. All else would make
 # it another run, as would what is FIXED of `train` and `optimizer`.
 FREE = (
-    "engine", "precision", "compile", "out", "log_to", "resume", "prompt", "sample_tokens", "responses",
-    "max_new_tokens", "keep_tokens", "optimizer", "train",
+    "engine", "precision", "compile", "parallel", "timeout", "out", "log_to", "resume", "prompt", "sample_tokens",
+    "responses", "max_new_tokens", "keep_tokens", "optimizer", "train",
 )  # fmt: skip
 FIXED = ("train.seed", "train.first_eval", "optimizer.trained")
 
@@ -75,16 +78,40 @@ def train(config: RunConfig, progress: Progress | None = None) -> Result:
 
     A folder that holds a run already is refused unless `config.resume`; then the run goes on from its last checkpoint,
     where what makes it that run (data, model, seed, ...) must be the same, and how long or on which engine it goes on
-    may differ.
+    may differ. Processes that torchrun started all call this, and share the run.
     """
-    check_folder(config)
-    progress = progress or create_progress()
-    trainer, corpus = build(config, progress)
-    tokens = len(corpus.train_ids) + len(corpus.validation_ids)
-    result = carry_out(config, trainer, f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name})")
-    if result.interrupted:
-        progress.line(f"To go on: twingrad train --config {Path(config.out, CONFIG)} --resume")
+    command = f"{world.launcher()} train --config {Path(config.out, CONFIG)} --resume"
+    config = again(config)
+    with shared(config, command):
+        progress = progress or create_progress()
+        trainer, corpus = build(config, progress)
+        tokens = len(corpus.train_ids) + len(corpus.validation_ids)
+        result = carry_out(config, trainer, f"{config.data}: {tokens:,} tokens ({corpus.tokenizer.name})")
+        if result.interrupted:
+            progress.line(f"To go on: {command}")
     return result
+
+
+def again(config: Config) -> Config:
+    """The configuration, which is to be resumed where torchrun has started its processes anew (--max-restarts)."""
+    return replace(config, resume=True) if world.restarted() and Path(config.out, CONFIG).exists() else config
+
+
+@contextlib.contextmanager
+def shared(config: ModelConfig, command: str) -> Iterator[None]:
+    """Around a run of one process or several: these meet, agree on the configuration, and know when one is gone.
+
+    `command`: with which the user can go on. Raises UserError, see also `check_folder`.
+    """
+
+    def go_on() -> str:
+        return f"; go on with: {command}" if Path(config.out, CONFIG).exists() else ""
+
+    with world.contact(go_on):
+        world.start(config.timeout)
+        world.same_on_all(to_dict(config), "options")
+        world.together(lambda: check_folder(config))
+        yield
 
 
 def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
@@ -95,22 +122,38 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
     out, progress = Path(config.out), trainer.progress
     progress.line(_describe(config, trainer, data))
     if config.resume and checkpoint.find_checkpoint(out, "last"):
-        trainer.resume()
+        world.together(trainer.resume)
         progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
-    trainer.tracker = create_trackers(config.log_to, out, to_dict(config))
+    model = trainer.engine.config.to_dict()
+    world.same_on_all({"model": model, "data": data, "steps done": trainer.step}, "run")
+    trainer.tracker = world.first(lambda: create_trackers(config.log_to, out, to_dict(config)))
+    draws = world.is_first()
     try:
-        with atomic_write(out / CONFIG) as file:
-            file.write(to_yaml(replace(config, resume=False)).encode())
+        world.first(lambda: _write_config(config, out / CONFIG))
         return trainer.run()
+    except RuntimeError:  # another process may be gone, which is to be said at once
+        draws = False
+        raise
     finally:
-        trainer.tracker.close()
-        _plot(out, trainer.metrics)
+        if trainer.tracker:
+            trainer.tracker.close()
+        if draws:
+            _plot(out, trainer.metrics)
+
+
+def _write_config(config: Any, path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write(to_yaml(replace(config, resume=False)).encode())
 
 
 def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer, Corpus]:
     """The trainer of a run, before its first step, and the text it trains on. Writes nothing but a folder's tokens."""
-    saved = load(config.weights) if config.weights else None
-    corpus = load_corpus(config, saved.tokenizer if saved else None)
+    saved = world.together(lambda: load(config.weights) if config.weights else None)
+    corpus = world.first_then_all(lambda: load_corpus(config, saved.tokenizer if saved else None))
+    return world.together(lambda: _make_trainer(config, saved, corpus, progress)), corpus
+
+
+def _make_trainer(config: RunConfig, saved: SavedModel | None, corpus: Corpus, progress: Progress | None) -> Trainer:
     model = model_config(config, corpus.tokenizer.n_vocab, saved)
     generator = Generator(config.train.seed)
     params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
@@ -123,7 +166,7 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
         _loader(config.loader, split, ids, max_length, generator, corpus.data)
         for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
     ]
-    trainer = Trainer(
+    return Trainer(
         make_engine(config, model, params),
         config.train,
         *loaders,
@@ -134,17 +177,24 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
         sample=_sampler(config, corpus),
         progress=progress,
     )
-    return trainer, corpus
 
 
 def make_engine(
-    config: ModelConfig, model: GPTConfig, params: Mapping[str, Any], optimizer: OptimizerConfig | None = None
+    config: ModelConfig,
+    model: GPTConfig,
+    params: Mapping[str, Any],
+    optimizer: OptimizerConfig | None = None,
+    shared: bool = True,
 ) -> Engine:
-    """The engine that a configuration asks for, with these parameters. `optimizer`: instead of the configuration's."""
+    """The engine that a configuration asks for, with these parameters. `optimizer`: instead of the configuration's.
+
+    `shared`: by the processes that there are, if there are several; else this process has it alone.
+    """
     try:
         return create_engine(
             config.engine, model, params, optimizer or config.optimizer, config.dtype,
             precision=config.precision, compile=config.compile,
+            parallel=config.parallel if shared and world.size() > 1 else None,
         )  # fmt: skip
     except UserError as error:
         why = (
@@ -176,7 +226,7 @@ def load_corpus(config: RunConfig, spec: Mapping[str, Any] | None = None) -> Cor
 def _encode_folder(config: RunConfig, folder: Path, default: Tokenizer | None) -> TokenFile:
     """The folder's texts as a token file in the run's folder, encoded when the run begins."""
     target, tokenizer = Path(config.out, "corpus.tokens"), default or tokenizers.load(config.tokenizer or "bytes")
-    if config.resume and target.exists():
+    if (config.resume or not world.is_first()) and target.exists():
         return open_tokens(target, tokenizer)
     return prepare(folder, target, tokenizer, "*.txt", processes=cores())
 
@@ -266,9 +316,10 @@ def _describe(config: ModelConfig, trainer: Trainer, data: str) -> str:
     total, shapes = engine.config.n_parameters, engine.config.parameter_shapes()
     trained = sum(math.prod(shapes[name]) for name in engine.trained)
     learning = f", {trained:,} of them trained" if trained < total else ""
+    processes = f" in {world.size()} processes ({config.parallel})" if world.size() > 1 else ""
     return (
         f"{data}; {config.weights or config.preset}: {total:,} parameters{learning}; "
-        f"{engine.name} engine, {config.dtype}; "
+        f"{engine.name} engine, {config.dtype}{processes}; "
         f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch; {config.out}"
     )
 

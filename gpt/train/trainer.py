@@ -3,6 +3,9 @@
 A step sums the gradients of its micro-batches, each the gradient of a mean over the micro-batch's counted tokens, with
 weights n_i / sum(n): the result is the gradient of the mean over all counted tokens of the step, whatever the split.
 
+Where several processes share a run (gpt/world.py), all go through the same steps, and the first alone logs, tells and
+writes. They stop together: a signal that one has seen all act upon.
+
 Everything that a step depends on is in the checkpoint (parameters, moments, step, position in the data, state of the
 random stream), so a resumed run repeats the uninterrupted one bit for bit.
 """
@@ -20,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gpt import world
 from gpt.data.loader import Loader
-from gpt.engine import Engine, Examples, NonFiniteError
+from gpt.engine import Arrays, Engine, Examples, NonFiniteError
 from gpt.errors import UserError
 from gpt.train import checkpoint
 from gpt.train.config import TrainConfig
@@ -117,6 +121,8 @@ class Trainer:
             raise UserError("train_loader: no batches to train on")
         if config.dropout_source == "torch" and generator is None:
             raise UserError("dropout_source: torch needs the generator that the loaders draw from")
+        if config.dropout_source == "torch" and world.size() > 1:
+            raise UserError(f"dropout_source: torch is one stream for one process, not {world.size()}; choose philox")
         self.engine, self.config, self.lr = engine, config, lr
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.generator, self.tokenizer, self.task = generator, tokenizer, task
@@ -137,32 +143,37 @@ class Trainer:
     def run(self) -> Result:
         """Train until the last step, or until Ctrl-C or SIGTERM; then save and return.
 
-        Raises NonFiniteError naming step, tensor and the last good checkpoint, and UserError for a full disk.
+        Raises NonFiniteError naming step, tensor and the last good checkpoint, UserError for a full disk, and
+        world.LostContactError where another process is gone.
         """
-        log = None
-        if self.run_dir:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(self.run_dir)
-            splits = ("train", "val") if self.validation_loader is not None else ("train",)
-            columns = [f"{split}_{name}" for split in splits for name in self.metrics]
-            log = Log(self.run_dir / "log.csv", self._number(self.step), columns)
+        log = world.first(self._open_log)
         self._began = time.perf_counter() - (log.seconds if log else 0.0)
         self.progress.start(self.step, self.total_steps)
         try:
             with _Interrupt() as interrupt:
                 self._snapshot()
-                while self.step < self.total_steps and not interrupt.seen:
+                while self.step < self.total_steps and not interrupt.noticed():
                     row = self._step(interrupt)
                     if row is not None:
                         self._after_step(row, log)
                 self._save()
-                if interrupt.seen:
+                if interrupt.noticed():
                     self._tell_how_to_go_on(interrupt.seen)
         finally:
             self.progress.close()
             if log:
                 log.close()
         return self._result(bool(interrupt.seen))
+
+    def _open_log(self) -> Log | None:
+        """The run's log, in a folder without what a killed process left half-written."""
+        if not self.run_dir:
+            return None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(self.run_dir)
+        splits = ("train", "val") if self.validation_loader is not None else ("train",)
+        columns = [f"{split}_{name}" for split in splits for name in self.metrics]
+        return Log(self.run_dir / "log.csv", self._number(self.step), columns)
 
     def resume(self, run_dir: str | Path | None = None) -> None:
         """Go back to the last checkpoint of `run_dir` (the trainer's own). Either engine may have written it."""
@@ -212,7 +223,7 @@ class Trainer:
             last = checkpoint.find_checkpoint(self.run_dir, "last") if self.run_dir else None
             kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
             raise NonFiniteError(f"step {self._number(self.step)}: {error}; {kept}") from None
-        n_tokens = sum(batch.inputs.size for batch in batches)
+        n_tokens = sum(math.prod(batch.shape) for batch in batches)
         speed = n_tokens / max(time.perf_counter() - started, 1e-9)
         number = self._number(self.step)
         self.step, self.tokens, self.loss = self.step + 1, self.tokens + n_tokens, loss
@@ -225,10 +236,10 @@ class Trainer:
         counted = max(1, sum(batch.counted for batch in batches))
         loss, example = 0.0, 0
         for i, batch in enumerate(batches):
-            weight = batch.counted / counted
-            loss += weight * self.engine.accumulate(batch, weight, self._noise(example))
-            example += len(batch.inputs)
-            if interrupt.seen and i + 1 < len(batches):
+            weight, last = batch.counted / counted, i + 1 == len(batches)
+            loss += weight * self.engine.accumulate(batch, weight, self._noise(example), last)
+            example += batch.shape[0]
+            if not last and interrupt.noticed():
                 return None
         return loss
 
@@ -244,7 +255,8 @@ class Trainer:
         every = self.config.study_every
         if every and self.run_dir and self.step % every == 0:
             path = self.run_dir / f"step-{self.step:08d}.safetensors"
-            save_model(path, self.engine.parameters(), self.engine.config, self.tokenizer, self.task)
+            params = self.engine.parameters()
+            world.first(lambda: save_model(path, params, self.engine.config, self.tokenizer, self.task))
 
     def _after_step(self, row: Row, log: Log | None) -> None:
         """Evaluation, the log, a sample, a checkpoint: in this order, so that it holds all that the step changed."""
@@ -275,8 +287,7 @@ class Trainer:
         if row.val_loss < self.best_loss:
             self.best_loss = row.val_loss
             if self.run_dir and self.config.save_best:
-                model = self.engine.parameters(), self.engine.config, self.tokenizer
-                checkpoint.save_checkpoint(self.run_dir, "best", self._state(), *model, task=self.task)
+                self._write("best")
 
     def _measured(self, split: str, loader: Loader, row: Row) -> float:
         """The loss on a split; what else is measured is noted in the row."""
@@ -287,9 +298,14 @@ class Trainer:
     def _save(self) -> None:
         """Write the last checkpoint, unless this step's is there."""
         if self.run_dir and self.step != self._saved_step:
-            engine, model = self.engine, (self.engine.parameters(), self.engine.config, self.tokenizer)
-            checkpoint.save_checkpoint(self.run_dir, "last", self._state(), *model, engine.optimizer_state(), self.task)
+            self._write("last", self.engine.optimizer_state())
             self._saved_step = self.step
+
+    def _write(self, kind: checkpoint.Kind, optimizer: Arrays | None = None) -> None:
+        folder, params, config = self.run_dir, self.engine.parameters(), self.engine.config
+        assert folder is not None
+        rest = params, config, self.tokenizer, optimizer, self.task
+        world.first(lambda: checkpoint.save_checkpoint(folder, kind, self._state(), *rest))
 
     def _state(self) -> dict[str, Any]:
         """The checkpoint's JSON part."""
@@ -337,6 +353,7 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.seen = ""
+        self._number = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupt:
@@ -348,8 +365,15 @@ class _Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def noticed(self) -> bool:
+        """Whether a signal came, to this process or to one that shares the run: all ask, and all hear the same."""
+        number = world.any_of(self._number)
+        if number:
+            self.seen = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        return bool(number)
+
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.seen = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self._number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -144,13 +144,14 @@ class Recorder:
     name, config = "recorder", None
 
     def __init__(self):
-        self.steps, self.noises = [], []
+        self.steps, self.noises, self.lasts = [], [], []
 
     def loss(self, batch):
         return 1.0
 
-    def accumulate(self, batch, weight, noise):
+    def accumulate(self, batch, weight, noise, last):
         self.noises.append((noise.step, noise.first_example))
+        self.lasts.append(last)
         return 1.0
 
     def step(self, lr, max_norm):
@@ -174,6 +175,7 @@ def test_dropout_is_told_step_and_example():
     model = Recorder()
     Trainer(model, TrainConfig(epochs=2, accumulation=3), Batches(*batches), lr=1).run()
     assert model.noises == [(0, 0), (0, 3), (0, 5), (1, 0), (2, 0), (2, 3), (2, 5), (3, 0)]
+    assert model.lasts == [False, False, True, True, False, False, True, True]
 
 
 def test_clipping_scales_a_gradient_of_norm_5_to_1():

@@ -1,0 +1,191 @@
+"""python -m bench.distributed: a training step shared by processes of one thread each, against one with all threads.
+
+Both are PyTorch eager on this CPU and take the same steps (forward, backward, clip, AdamW) on the same batches, in
+turns, so that a machine that slows down slows both. A shared step ends when its last process ends. What counts is the
+median, over the rounds, of how many tokens a second the processes together do of those that the one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench import results
+from gpt.errors import UserError, require
+from reference.config import PRESETS
+
+TARGET = 0.9  # of the throughput of one process with as many threads
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the batch that a step shares, and how many rounds are timed."""
+
+    preset: str
+    batch: int
+    length: int
+    rounds: int
+
+
+CASES = {
+    "bytes-small": Case("bytes-small", batch=16, length=128, rounds=51),
+    "gpt2-small": Case("gpt2-small", batch=4, length=256, rounds=11),
+}
+
+
+class Workers:
+    """Processes that share their steps, or one that has its own, with some threads each."""
+
+    def __init__(self, case: Case, processes: int, threads: int, parallel: str) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "CUDA_VISIBLE_DEVICES": "",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "bench.distributed", "--worker", json.dumps([asdict(case), parallel])],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        self.hear()
+
+    def step(self) -> float:
+        """Have them take a step; the seconds until the last has."""
+        for process in self.processes:
+            assert process.stdin
+            print(file=process.stdin, flush=True)
+        return max(self.hear())
+
+    def hear(self) -> list[float]:
+        """The next number of each."""
+        lines = []
+        for process in self.processes:
+            assert process.stdout
+            lines.append(process.stdout.readline())
+            if not lines[-1]:
+                raise UserError(f"a process ended early with status {process.wait()}")
+        return [float(line) for line in lines]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.communicate()
+
+
+def measure(case: Case, processes: int = 2, parallel: str = "ddp", rounds: int | None = None) -> dict[str, Any]:
+    """Seconds of each step, and the throughput of the processes as a part of that of the one."""
+    rounds = rounds or case.rounds
+    contestants = {"one": Workers(case, 1, processes, parallel), "shared": Workers(case, processes, 1, parallel)}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    try:
+        for _ in range(rounds):
+            for name, workers in contestants.items():
+                seconds[name].append(workers.step())
+    finally:
+        for workers in contestants.values():
+            workers.close()
+    ratios = [one / shared for one, shared in zip(seconds["one"], seconds["shared"], strict=True)]
+    return {
+        **asdict(case),
+        "rounds": rounds,
+        "processes": processes,
+        "parallel": parallel,
+        "seconds": seconds,
+        "throughput_ratio": median(ratios),
+        "throughput_ratio_quartiles": quantiles(ratios, n=4)[::2] if rounds > 1 else ratios * 2,
+        "throughput_target": TARGET,
+    }
+
+
+def work(case: Case, parallel: str) -> None:
+    """What a worker does: a step on new random tokens, the same in each process, for every line that it reads."""
+    import torch
+
+    from gpt import world
+    from gpt.engine import Batch, create_engine
+    from reference.init import initialize
+    from reference.philox import PhiloxNoise
+    from reference.torch_rng import Generator
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config, rng = PRESETS[case.preset], np.random.default_rng(0)
+    params = initialize(config, Generator(1), "gpt2")
+    shared: Any = parallel if world.size() > 1 else None
+    engine = create_engine("torch", config, params, device="cpu", parallel=shared)
+
+    def step(number: int) -> float:
+        tokens = rng.integers(0, config.vocab_size, (case.batch, case.length + 1))
+        start = perf_counter()
+        engine.accumulate(Batch(tokens[:, :-1], tokens[:, 1:]), 1.0, PhiloxNoise(0, number))
+        engine.step(1e-4, max_norm=1.0)
+        return perf_counter() - start
+
+    print(step(0), flush=True)  # the first allocates memory, and connects the processes
+    for number, _ in enumerate(sys.stdin):
+        print(step(number + 1), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the cases named, or all, print the table and write JSON; 0 even where a target is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; all unless named")
+    parser.add_argument("--processes", type=int, default=2, help="how many share a step, and threads of the one (2)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how they share it (ddp)")
+    parser.add_argument("--rounds", type=int, help="timed steps of each (default: by the case)")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.worker:
+        case, parallel = json.loads(given.worker)
+        work(Case(**case), parallel)
+        return 0
+    try:
+        require("torch", extra="torch")
+        if unknown := [name for name in given.cases if name not in CASES]:
+            raise UserError(f"{unknown[0]!r} is not one of {', '.join(CASES)}")
+        for name in ("processes", "rounds"):
+            least = 2 if name == "processes" else 1
+            if getattr(given, name) is not None and getattr(given, name) < least:
+                raise UserError(f"{name}: expected at least {least}, got {getattr(given, name)}")
+        table = Table("case", "one, ms", f"{given.processes} processes, ms", "throughput", "quartiles", "target")
+        measured = {}
+        for name in given.cases or CASES:
+            found = measured[name] = measure(CASES[name], given.processes, given.parallel, given.rounds)
+            times = (f"{1e3 * median(found['seconds'][who]):.0f}" for who in ("one", "shared"))
+            low, high = found["throughput_ratio_quartiles"]
+            table.add_row(name, *times, f"{found['throughput_ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{TARGET:.2f}")
+        Console(width=100).print(table)
+        if given.out:
+            results.write(given.out, "distributed", measured)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,337 @@
+"""The processes that train a model together, as `torchrun` starts them: how many, which one this is, what all agree on.
+
+    torchrun --nproc_per_node 2 -m gpt train ...        RANK 0 and 1, WORLD_SIZE 2, and where they meet
+
+Without torchrun there is one process, every function here does what one process needs, and PyTorch is not imported.
+
+What is exchanged at every step goes through the process group (gloo on the CPU, NCCL on GPUs), where nobody waits for
+longer than its timeout. A process that dies is noticed at once, because its connections close. While the first process
+does what takes as long as it takes, such as encoding a corpus or writing a checkpoint, the others wait in a group of
+their own, which has no limit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+from gpt.errors import UserError, require
+
+__all__ = [
+    "LostContactError",
+    "any_of",
+    "contact",
+    "device",
+    "exchange",
+    "first",
+    "first_then_all",
+    "is_first",
+    "last_words",
+    "launcher",
+    "local_rank",
+    "rank",
+    "restarted",
+    "same_on_all",
+    "share",
+    "size",
+    "start",
+    "sum_of",
+    "together",
+]
+
+T = TypeVar("T")
+
+_SPEAKER = re.compile(r"rank (\d+): ")
+
+TIMEOUT = 600.0  # seconds
+_PATIENCE = timedelta(days=7)
+_HEARD = 3.0  # seconds in which the others say that they live, or what went wrong with them
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# How PyTorch's backends say that a connection is gone or that nobody answers.
+_LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "broken pipe", "socket")
+
+
+class LostContactError(UserError):
+    """Another process is gone, or does not answer."""
+
+
+class _Group(NamedTuple):
+    """How this process speaks to the others."""
+
+    store: Any  # keys and values that outlive a process
+    patient: Any  # a process group without a time limit
+    device: Any  # of what is sent
+
+
+_group: _Group | None = None
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _NEEDED) else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of those on this machine this is, from 0: the number of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that logs, prints and writes."""
+    return rank() == 0
+
+
+def share(n: int) -> slice:
+    """Which of n things in a row are this process's: shares differ by one at most, and may be empty."""
+    return slice(n * rank() // size(), n * (rank() + 1) // size())
+
+
+def restarted() -> bool:
+    """Whether torchrun started these processes anew, after others that it had started had failed."""
+    return size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launcher() -> str:
+    """What the user runs in the place of `twingrad`."""
+    return (
+        f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', size())} -m gpt" if size() > 1 else "twingrad"
+    )
+
+
+def start(timeout: float = TIMEOUT) -> None:
+    """Meet the other processes, none of which is waited for longer than `timeout` seconds, in later steps too.
+
+    Raises UserError where there are more processes on this machine than GPUs, and LostContactError.
+    """
+    global _group
+    if size() == 1 or _group:
+        return
+    require("torch", extra="torch")
+    import torch
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=timeout)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"nproc_per_node: {os.environ.get('LOCAL_WORLD_SIZE', size())} processes, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; with CUDA_VISIBLE_DEVICES= in the environment they use the CPU"
+            )
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    try:
+        dist.init_process_group(backend, store=_meet(timeout), rank=rank(), world_size=size(), timeout=limit)
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
+    _group = _Group(_meet(timeout), patient, device)
+    atexit.register(_leave)
+
+
+def device() -> Any:
+    """What this process computes on, a torch.device."""
+    return _started().device
+
+
+def any_of(flag: int) -> int:
+    """The largest of the processes' numbers: of truth values, whether any is true."""
+    if size() == 1:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    largest = torch.tensor(flag, dtype=torch.int64, device=device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def sum_of(value: float) -> float:
+    """The sum of the processes' numbers, the same in each."""
+    if size() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return float(total)
+
+
+def exchange(value: T) -> list[T]:
+    """Every process's value, by rank. It waits without a limit for those that still live."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value, group=_started().patient)
+    return found
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do in every process what may fail in some: then all raise the error of the first that failed, a UserError.
+
+    What is done must not itself wait for other processes.
+    """
+    if size() == 1:
+        return action()
+    result: list[T] = []
+    failed: Exception | None = None
+    try:
+        result.append(action())
+    except Exception as error:
+        failed = error
+    _raise_first(exchange(None if failed is None else _text(failed)), failed)
+    return result[0]
+
+
+def first(action: Callable[[], T]) -> T | None:
+    """Have the first process do something while the others wait; if it fails there, all raise its error."""
+    return together(action if is_first() else lambda: None)
+
+
+def first_then_all(action: Callable[[], T]) -> T:
+    """Have the first process do what leaves a file behind, then every other, which will find it."""
+    done = first(lambda: (action(),))
+    return together(lambda: done[0] if done else action())
+
+
+def same_on_all(value: Mapping[str, Any], what: str) -> None:
+    """Raise UserError in every process unless all have the same settings, nested mappings of plain values."""
+    everyones = exchange(_flat(value))
+    for other, theirs in enumerate(everyones):
+        for name in {**everyones[0], **theirs}:
+            ours, there = everyones[0].get(name), theirs.get(name)
+            if ours != there:
+                raise UserError(f"{what}: {name} is {there} on rank {other}, {ours} on rank 0; all ranks need the same")
+
+
+@contextlib.contextmanager
+def contact(how_to_go_on: Callable[[], str] = str) -> Iterator[None]:
+    """Within it, an error that comes from a process that is gone is LostContactError, the same in all that are left."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (_group and any(word in f"{type(error).__name__} {error}".lower() for word in _LOST)):
+            raise
+        raise LostContactError(f"{_who_is_gone()}{how_to_go_on()}") from error
+
+
+def _who_is_gone() -> str:
+    assert _group is not None
+    _ignore_sigterm()  # torchrun ends those that are left
+    living = {rank()}
+    said: dict[int, str] = {}
+    with contextlib.suppress(RuntimeError):  # the store may have been in the process that is gone
+        _group.store.set(f"twingrad/living/{rank()}", "yes")
+        living, said = _others(_HEARD)
+    gone = [other for other in range(size()) if other not in living]
+    named = " and ".join(f"rank {other}" for other in gone) or "the others"
+    words = "".join(f"; rank {other} said: {said[other]}" for other in gone if other in said)
+    return f"rank {min(living)}: lost contact with {named}{words}"
+
+
+def last_words(text: str) -> str | None:
+    """What this process is to print of the error that ends it, None if one before it says the same."""
+    if size() == 1:
+        return text
+    _ignore_sigterm()
+    speaker = _SPEAKER.match(text)
+    if speaker:  # all know who is to say it
+        return text if int(speaker[1]) == rank() else None
+    try:
+        store = _group.store if _group else _meet(_HEARD)
+        store.set(f"twingrad/error/{rank()}", text)
+        deadline = time.monotonic() + _HEARD
+        before: list[int] = []
+        while len(before) < rank() and time.monotonic() < deadline:
+            before = [other for other in range(rank()) if store.check([f"twingrad/error/{other}"])]
+            if any(store.get(f"twingrad/error/{other}").decode() == text for other in before):
+                return None
+            time.sleep(0.02)
+    except (RuntimeError, UserError):  # the store is gone too
+        pass
+    return text if is_first() else f"rank {rank()}: {text}"
+
+
+def _started() -> _Group:
+    start()
+    assert _group is not None
+    return _group
+
+
+def _meet(timeout: float) -> Any:
+    """A connection to the store that torchrun, or the first process, keeps."""
+    require("torch", extra="torch")
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", rank(), size(), timeout=timedelta(seconds=timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
+
+
+def _others(seconds: float) -> tuple[set[int], dict[int, str]]:
+    """Which processes say within some seconds that they live, and what others said of their end."""
+    assert _group is not None
+    store, deadline = _group.store, time.monotonic() + seconds
+    while True:
+        living = {other for other in range(size()) if store.check([f"twingrad/living/{other}"])}
+        said = {
+            other: store.get(f"twingrad/error/{other}").decode()
+            for other in range(size())
+            if store.check([f"twingrad/error/{other}"])
+        }
+        if len(living | said.keys()) == size() or time.monotonic() > deadline:
+            return living, said
+        time.sleep(0.02)
+
+
+def _raise_first(texts: list[str | None], own: Exception | None) -> None:
+    for other, text in enumerate(texts):
+        if text is not None:
+            if own is not None and not isinstance(own, UserError | OSError) and other == rank():
+                raise own  # with its traceback, for whoever asked for it
+            raise UserError(text if other == 0 else f"rank {other}: {text}") from own
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as one level of names, "optimizer.lr"."""
+    found: dict[str, str] = {}
+    for name, item in value.items():
+        found |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": repr(item)}
+    return found
+
+
+def _ignore_sigterm() -> None:
+    """Be left the few seconds that it takes to say what happened."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""The benchmark of shared steps runs, and writes what it measured."""
+
+import json
+
+import pytest
+
+from bench import distributed
+
+pytest.importorskip("torch")
+
+
+def test_shared_steps_are_timed_against_those_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(distributed.CASES, "bytes-tiny", distributed.Case("bytes-tiny", batch=2, length=16, rounds=3))
+    out = tmp_path / "distributed.json"
+    assert distributed.main(["bytes-tiny", "--rounds", "2", "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    case = document["cases"]["bytes-tiny"]
+    assert document["kind"] == "distributed"
+    assert [len(case["seconds"][who]) for who in ("one", "shared")] == [2, 2]
+    assert 0 < case["throughput_ratio_quartiles"][0] <= case["throughput_ratio"]
+    assert "bytes-tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["gpt5"], "'gpt5' is not one of bytes-small, gpt2-small"),
+        (["--processes", "1"], "processes: expected at least 2, got 1"),
+        (["--rounds", "0"], "rounds: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(words, complaint, capsys):
+    assert distributed.main(words) == 2
+    assert capsys.readouterr().err == f"error: {complaint}\n"

@@ -1,0 +1,205 @@
+"""Processes that torchrun starts take the steps of one process; what ends one of them ends all, and is said once."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt.cli import main
+from gpt.train.checkpoint import load_checkpoint
+from gpt.train.log import read_log
+from reference.config import GPTConfig
+
+pytest.importorskip("torch", reason="PyTorch is not installed")
+if not __import__("torch").distributed.is_available():
+    pytest.skip("this PyTorch was built without torch.distributed", allow_module_level=True)
+
+from tests.gpt.train import distributed_worker
+from tests.gpt.train.distributed_worker import KERNELS
+
+ROOT = Path(__file__).parents[3]
+WORKER = str(Path(distributed_worker.__file__).relative_to(ROOT))
+TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 30
+SETTINGS = [
+    "--preset", "bytes-tiny", "--model.attn_dropout", "0.1", "--model.emb_dropout", "0.1", "--max_length", "16",
+    "--batch_size", "5", "--drop_last", "false", "--accumulation", "2", "--dtype", "float64", "--schedule", "constant",
+    "--lr", "1e-3", "--eval_every", "4", "--save_every", "3", "--sample_every", "0",
+]  # fmt: skip
+
+
+def torchrun(processes: int, *words: str) -> subprocess.Popen:
+    """torchrun, each process with one thread; its standard output and error in one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    port = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # any that is free
+    return subprocess.Popen(
+        [*command, *port, *words],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def until(process: subprocess.Popen, pattern: str) -> str:
+    """What a process prints up to a line in which a pattern is found."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError(f"ended without {pattern}: {''.join(lines)}")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, np.ndarray]:
+    """What one process finds."""
+    torch = __import__("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = distributed_worker.results(None)
+    torch.set_num_threads(threads)
+    return found
+
+
+def assert_same_results(found: dict[str, np.ndarray], alone: dict[str, np.ndarray], way: str) -> None:
+    mine = {name.removeprefix(f"{way} "): value for name, value in found.items() if name.startswith(f"{way} ")}
+    assert {name for name in mine if not name.startswith("refused")} == set(alone)
+    assert len(alone) > 100
+    for name, expected in alone.items():
+        got = mine[name]
+        assert got.shape == expected.shape, name
+        wide = "float64" in name or name.startswith("pairs")
+        # Of a norm or a loss the relative error, of an array that of its largest entry; AdamW's first steps divide a
+        # gradient by its own size, so parameters are further apart, by their learning rate at most.
+        bound = 1e-12 if wide else 1e-6
+        if not wide and ("parameter" in name or "logits" in name or "logps" in name or "evaluated" in name):
+            bound = 2e-5
+        error = np.abs(got.astype(float) - expected).max() / max(np.abs(expected.astype(float)).max(), 1e-30)
+        assert error <= bound or np.array_equal(got, expected), f"{way} {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, text):
+    """DDP and FSDP2, accumulation, batches of 5, 3 and 1, dropout on, PyTorch's operators and the kernels.
+
+    Then the same processes are given options that are not the same, a checkpoint of another model, and a finetuning.
+    """
+    out = tmp_path / "found.npz"
+    spam = tmp_path / "spam.tsv"
+    rows = (f"{label}\t{words} {i % 7}" for i in range(20) for label, words in (("ham", "see you"), ("spam", "WIN")))
+    spam.write_text("\n".join(rows) + "\n")
+    shape = ["--preset", "bytes-tiny", "--model.context_length", "16", "--max_length", "16"]
+    finetune = ["finetune", "classify", "--data", str(spam), *shape, "--epochs", "1", "--dtype", "float64"]
+    differ = ["train", "--data", text, *SETTINGS, "--steps", "2", "--seed", "RANK", "--out", str(tmp_path / "differ")]
+    kept = ["train", "--data", text, *SETTINGS, "--steps", "2", "--out", str(tmp_path / "kept")]
+    again = [*kept, "--engine", "torch", "--resume", "--parallel", "fsdp"]
+    commands = [differ] if processes == 4 else [[*finetune, "--out", str(tmp_path / "tuned")], again]
+    if processes == 2:
+        assert main([*kept, "--engine", "numpy"]) == 0
+        swap_model(tmp_path / "kept")
+    process = torchrun(processes, WORKER, "results", str(out), *(",".join(words) for words in commands))
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    with np.load(out) as file:
+        found = dict(file)
+    assert found["same"], "the processes do not agree on what they found"
+    expected = {name: value for name, value in alone.items() if processes == 2 or KERNELS not in name}
+    for way in ("ddp", "fsdp"):
+        assert_same_results(found, expected, way)
+        refused = {name: str(found[f"{way} refused {name}"]) for name in ("stream", "numpy", "parameter", "row")}
+        assert refused["stream"].endswith("dropout_source: torch is one stream for one process; choose philox")
+        assert refused["numpy"].startswith("UserError: engine: numpy trains in one process; choose --engine torch")
+        assert refused["parameter"] == "NonFiniteError: loss is nan, first in tok_emb.weight"
+        assert refused["row"] == "NonFiniteError: loss is nan, first in emb"
+    for name in ("float16", "compile"):
+        assert "choose" in str(found[f"fsdp refused {name}"])
+    expected = ["no such file", *(f"rank {other}: no such file" for other in range(1, processes))]
+    assert found["together"].tolist() == expected
+    if processes == 4:
+        assert printed.count("error: ") == 1, printed
+        assert "error: options: train.seed is 1 on rank 1, 0 on rank 0; all ranks need the same\n" in printed
+        assert not (tmp_path / "differ").exists()
+        assert all(f"rank {other} ended with 2\n" in printed for other in range(4))
+        return
+    assert printed.count("error: ") == 1, printed
+    assert re.search(r"error: .*last-00000002: its model differs: n_layers 1, not 2\n", printed), printed
+    assert all(f"rank {other} ended with 2\n" in printed for other in range(2))
+    assert main([*finetune, "--engine", "torch", "--out", str(tmp_path / "tuned alone")]) == 0
+    logs = [read_log(tmp_path / name) for name in ("tuned", "tuned alone")]
+    for column in ("loss", "norm", "train_loss", "val_loss", "val_accuracy"):
+        np.testing.assert_allclose(logs[0][column], logs[1][column], rtol=1e-9, err_msg=column)
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("tuned", "tuned alone")]
+    assert files[0] == files[1]
+
+
+def swap_model(run_dir: Path) -> None:
+    """Put another model's parameters into a run's last checkpoint."""
+    from gpt.weights.native import save_model
+    from reference.init import initialize
+    from reference.torch_rng import Generator
+
+    found = load_checkpoint(run_dir)
+    other: GPTConfig = found.model.config.replace(n_layers=1)
+    params = initialize(other, Generator(1), "gpt2")
+    save_model(found.path / "model.safetensors", params, other, found.model.tokenizer)
+    from gpt.weights.tensors import write_safetensors
+
+    moments = {f"{moment}.{name}": array for moment in "mv" for name, array in params.items()}
+    write_safetensors(found.path / "optimizer.safetensors", {"step": np.array(2), **moments}, {"twingrad": "1"})
+
+
+def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_path, text):
+    """Two ranks share the model in parts; one is killed. Four go on with the whole of it, until Ctrl-C; then NumPy."""
+    out = tmp_path / "run"
+    words = ["--data", text, *SETTINGS, "--out", str(out)]
+    endless = [*words, "--engine", "torch", "--steps", "100000"]
+    process = torchrun(2, WORKER, "train", str(tmp_path), *endless, "--parallel", "fsdp")
+    until(process, r"Step 000004\)")
+    os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
+    printed, _ = process.communicate()
+    assert process.returncode != 0
+    told = [line for line in printed.splitlines() if line.startswith("error:")]
+    go_on = f"torchrun --nproc_per_node 2 -m gpt train --config {out / 'config.yaml'} --resume"
+    assert told == [f"error: rank 0: lost contact with rank 1; go on with: {go_on}"], printed
+    killed_at = load_checkpoint(out).state["step"]
+    assert killed_at >= 3
+    process = torchrun(4, "-m", "gpt", "train", *endless, "--resume")
+    assert f"Goes on after step {killed_at} of 100000\n" in until(process, r"Train loss")
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate()
+    assert "Stopped by Ctrl-C after" in printed, printed
+    assert "To go on: torchrun --nproc_per_node 4 -m gpt train" in printed
+    assert "error: " not in printed
+    stopped_at = load_checkpoint(out).state["step"]
+    assert stopped_at > killed_at
+    steps = ["--steps", str(stopped_at + 2), "--engine", "numpy"]
+    assert main(["train", *words, *steps, "--resume"]) == 0
+    assert main(["train", *words, *steps, "--out", str(tmp_path / "whole")]) == 0
+    parts, whole = load_checkpoint(out), load_checkpoint(tmp_path / "whole")
+    assert parts.state["step"] == stopped_at + 2
+    for name in whole.model.params:
+        np.testing.assert_allclose(
+            np.asarray(parts.model.params[name]),
+            np.asarray(whole.model.params[name]),
+            rtol=1e-5,
+            atol=1e-7,
+            err_msg=name,
+        )
+    logs = [read_log(folder) for folder in (out, tmp_path / "whole")]
+    for column in ("step", "tokens", "lr", "loss", "train_loss", "val_loss"):
+        np.testing.assert_allclose(logs[0][column], logs[1][column], rtol=1e-6, err_msg=column)
