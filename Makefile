@@ -11,8 +11,9 @@ PROJECT := pyproject.toml constraints.txt $(wildcard */__init__.py)
 demo: $(VENV)/.torch
 	$(BIN)/twingrad demo
 
+# Each core has a worker of its own, which a second thread of its matrix products would only disturb.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -116,7 +116,7 @@ def measure(case: Case, processes: int = 2, parallel: str = "ddp", rounds: int |
         "parallel": parallel,
         "seconds": seconds,
         "throughput_ratio": median(ratios),
-        "throughput_ratio_quartiles": quantiles(ratios, n=4)[::2] if rounds > 1 else ratios * 2,
+        "throughput_ratio_quartiles": quantiles(ratios, n=4, method="inclusive")[::2] if rounds > 1 else ratios * 2,
         "throughput_target": TARGET,
     }
 

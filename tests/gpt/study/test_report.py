@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import json
 import re
 import struct
@@ -38,10 +39,15 @@ def subject_of(name):
     return Subject(name, config, {0: parity.parameters(config)}, tokens, targets, labels, [], str, parity.noise())
 
 
+@functools.cache
+def data_of(name):
+    """The page of one of the checker's models, which no test changes."""
+    return report.build(subject_of(name))
+
+
 @pytest.mark.parametrize("name", parity.CONFIGS)
 def test_every_tensor_is_the_engines(name):
-    subject = subject_of(name)
-    data = report.build(subject)
+    subject, data = subject_of(name), data_of(name)
     assert data["complete"]
     assert data["checked"]["different"] == []
     engine = create_engine("numpy", subject.config, subject.params, dtype="float64")
@@ -61,7 +67,7 @@ def test_every_tensor_is_the_engines(name):
 
 @pytest.mark.parametrize("name", parity.CONFIGS)
 def test_every_wire_leads_to_a_tensor_and_every_equation_to_a_wire(name):
-    data = report.build(subject_of(name))
+    data = data_of(name)
     for station in data["stations"]:
         assert set(station["wires"].values()) <= set(data["tensors"])
         for equation in (*station["forward"], *station["backward"]):
