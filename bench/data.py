@@ -75,7 +75,9 @@ def measure(megabytes: float, rounds: int, counts: Sequence[int]) -> dict[str, A
                     str(n): {
                         "bytes_per_s": median(rates[str(n)]),
                         "share": median(shares[n]),
-                        "share_quartiles": quantiles(shares[n], n=4, method="inclusive")[::2] if rounds > 1 else shares[n] * 2,
+                        "share_quartiles": quantiles(shares[n], n=4, method="inclusive")[::2]
+                        if rounds > 1
+                        else shares[n] * 2,
                     }
                     for n in counts
                 },
