@@ -14,6 +14,7 @@ turn, and forgets it again. Both average where a sum is wanted, hence the factor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -41,7 +42,7 @@ from reference.philox import PhiloxNoise, keep_mask
 __all__ = ["ENGINES", "ReplicatedEngine", "ShardedEngine"]
 
 
-class SharedEngine(TorchEngine):
+class SharedEngine(TorchEngine, ABC):
     """What both ways of sharing have in common; see gpt.engine.Engine. All processes make every call, in one order."""
 
     def __init__(
@@ -140,12 +141,13 @@ class SharedEngine(TorchEngine):
         everyones = [found for found in world.exchange(wrong[0] if wrong else None) if found is not None]
         return names[min(everyones)] if everyones else "loss"
 
+    @abstractmethod
     def _wrap(self, entry: _Entry) -> nn.Module:
-        raise NotImplementedError
+        """The model as it is shared."""
 
+    @abstractmethod
     def _adding_up(self, last: bool) -> AbstractContextManager[Any]:
         """Within it, a backward pass adds gradients up over the processes, if it is the last before the step."""
-        raise NotImplementedError
 
 
 class ReplicatedEngine(SharedEngine):

@@ -29,7 +29,6 @@ CLOSE = 1e-9  # of the largest entry, in float64: not the rounding, the algebra 
 SINGLE = 1e-5
 MOST_TERMS = 4
 Tree = list[Any]
-Finding = tuple[str, np.ndarray]
 
 
 def same(theirs: np.ndarray, ours: np.ndarray, bound: float = CLOSE) -> bool:

@@ -5,6 +5,7 @@ Each form says how a part is written; where parentheses are needed is decided on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 __all__ = ["ATOM", "BINDING", "COMPARISONS", "SYMBOLS", "Form", "LaTeX", "MathML", "Plain", "Source", "write"]
@@ -84,7 +85,7 @@ def _enclosed(part: _Set, binding: float, form: Form, right: bool = False) -> st
     return form.parentheses(part.text) if part.binding < binding or (right and part.signed) else part.text
 
 
-class Form:
+class Form(ABC):
     """A notation: how its parts are written. `stacks`: exponents are raised, and fractions have a line."""
 
     stacks = True
@@ -93,38 +94,39 @@ class Form:
     signs: ClassVar[dict[str, str]]
     function_binding: ClassVar[dict[str, float]] = {"exp": 3}
 
-    def number(self, text: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def number(self, text: str) -> str: ...
 
-    def name(self, name: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def name(self, name: str) -> str: ...
 
-    def tensor(self, name: str, indices: list[str]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def tensor(self, name: str, indices: list[str]) -> str: ...
 
-    def reduction(self, kind: str, letters: list[str], over: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def reduction(self, kind: str, letters: list[str], over: str) -> str: ...
 
-    def cases(self, condition: str, a: str, b: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def cases(self, condition: str, a: str, b: str) -> str: ...
 
-    def function(self, name: str, of: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def function(self, name: str, of: str) -> str: ...
 
-    def condition(self, text: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def condition(self, text: str) -> str: ...
 
-    def power(self, base: str, exponent: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def power(self, base: str, exponent: str) -> str: ...
 
-    def floor(self, a: str, b: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def floor(self, a: str, b: str) -> str: ...
 
     def fraction(self, a: str, b: str) -> str:
-        raise NotImplementedError
+        """Asked for by forms that stack alone."""
+        return f"{a} / {b}"
 
-    def parentheses(self, text: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def parentheses(self, text: str) -> str: ...
 
 
 class MathML(Form):
