@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gpt import engine as face
-from gpt import memory
+from gpt import memory, parts
 from gpt.engine import (
     IGNORE,
     Arrays,
@@ -25,6 +25,9 @@ from gpt.engine import (
 from reference import cross_entropy, dpo, model, optim, orpo, token_logps
 from reference.cache import Cache
 from reference.config import GPTConfig
+from reference.philox import PhiloxNoise
+
+LARGE = 1 << 26  # logits, 256 MiB of float32, beyond which they are made and used a part at a time
 
 
 class NumpyEngine:
@@ -33,10 +36,15 @@ class NumpyEngine:
     name = "numpy"
 
     def __init__(
-        self, config: GPTConfig, params: Mapping[str, Tensor], optimizer: OptimizerConfig, dtype: str = "float32"
+        self,
+        config: GPTConfig,
+        params: Mapping[str, Tensor],
+        optimizer: OptimizerConfig,
+        dtype: str = "float32",
+        checkpoint_activations: bool = False,
     ) -> None:
         face.check_arrays(params, config.parameter_shapes())
-        self.config, self._dtype = config, dtype
+        self.config, self._dtype, self._recompute = config, dtype, checkpoint_activations
         self._params = {name: np.array(params[name], dtype, order="C") for name in config.parameter_shapes()}
         self.trained = face.trained_names(config, optimizer.trained)
         self._learns = frozenset(self.trained)
@@ -49,23 +57,64 @@ class NumpyEngine:
 
     def loss(self, batch: Examples) -> float:
         face.check_batch(batch, self.config)
+
+        def part(share: slice, turn: parts.Turn) -> float:
+            own = batch.part(share)
+            return self._forward(own, keep=False)[0] * own.counted / max(1, batch.counted)
+
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the loss
-            logits, _ = model.forward(self._params, self.config, batch.inputs, keep=False)
-            return float(_loss(logits, batch)[0])
+            return sum(parts.run(part, self._shares(batch)))
 
     def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
         memory.keep_freed()
-        with np.errstate(over="ignore", invalid="ignore"):
-            logits, saved = model.forward(self._params, self.config, batch.inputs, noise, trained=self._learns)
-            loss, saved_loss = _loss(logits, batch)
-        if not np.isfinite(loss):
-            del logits, saved, saved_loss
-            raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
-        dlogits = _loss_gradient(weight, saved_loss, batch)
-        del logits, saved_loss
-        model.backward(dlogits, saved, self._grads, self._spare)
-        return float(loss)
+
+        def part(share: slice, turn: parts.Turn) -> float:
+            own, own_noise = batch.part(share), noise
+            if isinstance(noise, PhiloxNoise):
+                own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + share.start)
+            fraction = own.counted / max(1, batch.counted)
+            loss, backward = self._forward(own, own_noise)
+            if not np.isfinite(loss):
+                raise FloatingPointError(loss)
+            backward(weight * fraction, turn)
+            return loss * fraction
+
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return sum(parts.run(part, self._shares(batch, noise)))
+        except FloatingPointError as error:
+            loss = error.args[0]
+        raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
+
+    def _shares(self, batch: Examples, noise: Noise | None = None) -> list[slice]:
+        """The examples of each part. Masks of a stream, and those of pairs, are for all of them together."""
+        divisible = noise is None or (isinstance(noise, PhiloxNoise) and not isinstance(batch, Preferences))
+        if not divisible:
+            return [slice(0, batch.examples)]
+        return parts.divide(batch.examples, math.prod(batch.shape) * self.config.emb_dim)
+
+    def _forward(
+        self, batch: Examples, noise: Noise | None = None, keep: bool = True
+    ) -> tuple[float, Callable[[float, parts.Turn], None]]:
+        """The mean loss, and what adds the gradient of so many times it to the others."""
+        config, head = self.config, model.head_weight(self.config)
+        large = math.prod(batch.shape) * config.n_outputs > LARGE and not isinstance(batch, Preferences)
+        fused = large and not config.adapts("head") and (head in self._learns or not keep)
+        y, saved = model.forward(
+            self._params, config, batch.inputs, noise, keep=keep, trained=self._learns,
+            targets=batch.targets if fused else None, recompute=self._recompute,
+        )  # fmt: skip
+        loss, saved_loss = (y, None) if fused else _loss(y, batch)
+        del y
+
+        def backward(weight: float, turn: parts.Turn) -> None:
+            nonlocal saved_loss
+            dy = weight if fused else _loss_gradient(weight, saved_loss, batch)
+            saved_loss = None
+            model.backward(dy, saved, self._grads, self._spare, turn=turn)
+
+        return float(loss), backward
 
     def token_logps(self, batch: Examples) -> TokenLogps:
         face.check_tokens(batch.inputs, self.config)

@@ -12,11 +12,14 @@ share keys and values: query head h reads key head h // (H // G), and a key head
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from reference import philox, pieces
+
+BLOCK = 128  # queries at a time: nearly half of the scores of a long causal sequence are never computed
 
 
 def forward(
@@ -38,39 +41,33 @@ def forward(
     if k.shape != (B, G, S, D) or v.shape != k.shape or H % G:
         raise ValueError(f"k, v: expected both ({B}, G, S, {D}) with G dividing {H}, got {k.shape} and {v.shape}")
     scale = 1 / math.sqrt(D) if scale is None else scale
-    q = q.reshape(B, G, H // G, T, D)
+    q = q.reshape(B, G, H // G, T, D) * q.dtype.type(scale)  # which has fewer entries than the scores
     k, v = k[:, :, None], v[:, :, None]  # (B, G, 1, S, D)
-    p = np.empty((B, G, H // G, T, S), q.dtype)  # in rows whatever the order of q and k, for work in place
-    np.matmul(q, k.swapaxes(-1, -2), out=p)
-    future = np.arange(S) > np.arange(S - T, S)[:, None] if causal else None  # (T, S)
-
-    def softmax(s: np.ndarray) -> None:
-        s *= scale
-        if future is not None:
-            np.copyto(s, -np.inf, where=future)
-        s -= np.maximum(s.max(axis=-1, keepdims=True), np.finfo(s.dtype).min)
-        np.exp(s, out=s)
-        s /= np.maximum(s.sum(axis=-1, keepdims=True), np.finfo(s.dtype).tiny)
-
-    pieces.run(softmax, p.reshape(B * H, T, S))
+    p = np.empty((B, G, H // G, T, S), q.dtype)
+    for rows, keys in _blocks(T, S, causal):
+        np.matmul(q[..., rows, :], k[..., keys, :].swapaxes(-1, -2), out=p[..., rows, keys])
+        p[..., rows, keys.stop :] = 0
+        future = np.arange(keys.stop) > np.arange(rows.start, rows.stop)[:, None] + S - T if causal else None
+        pieces.run(lambda s, future=future: _softmax(s, future), p.reshape(B * H, T, S)[:, rows, keys])
     dropped, keep = p, None
     if rate and noise is not None:
         keep = philox.keep_mask(noise, (B, H, T, S), rate).reshape(p.shape)
         dropped = p * keep
         dropped *= 1 / (1 - rate)
-    y = np.empty((B, T, G, H // G, D), q.dtype).transpose(0, 2, 3, 1, 4)  # in this order, joining heads needs no copy
-    np.matmul(dropped, v, out=y)
-    return y.reshape(B, H, T, D), (q, k, v, p, dropped, keep, scale, rate)
+    y = np.zeros((B, T, G, H // G, D), q.dtype).transpose(0, 2, 3, 1, 4)  # in this order, joining heads needs no copy
+    for rows, keys in _blocks(T, S, causal):
+        np.matmul(dropped[..., rows, keys], v[..., keys, :], out=y[..., rows, :])
+    return y.reshape(B, H, T, D), (q, k, v, p, dropped, keep, scale, rate, causal)
 
 
 def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """dy (B, H, T, D) -> dq (B, H, T, D), dk (B, G, S, D), dv (B, G, S, D)."""
-    q, k, v, p, dropped, keep, scale, rate = saved
+    q, k, v, p, dropped, keep, scale, rate, causal = saved
     B, G, R, T, D = q.shape
     S = k.shape[3]
     dy = dy.reshape(q.shape)
-    dv = dropped.swapaxes(-1, -2) @ dy  # (B, G, R, S, D)
-    dp = np.matmul(dy, v.swapaxes(-1, -2), out=np.empty_like(p))  # (B, G, R, T, S)
+    dp, dq = np.empty_like(p), np.zeros_like(q)
+    dk, dv = np.empty((2, B, S, G, R, D), q.dtype).transpose(0, 1, 3, 4, 2, 5)  # splitting heads again needs no copy
 
     def softmax_backward(p: np.ndarray, dp: np.ndarray, *keep: np.ndarray) -> None:
         if keep:
@@ -78,10 +75,35 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.nda
             dp *= 1 / (1 - rate)
         dp -= np.einsum("hts,hts->ht", dp, p)[..., None]
         dp *= p
-        dp *= scale
 
-    heads = (B * G * R, T, S)
-    pieces.run(softmax_backward, p.reshape(heads), dp.reshape(heads), *([] if keep is None else [keep.reshape(heads)]))
-    dq = dp @ k  # dp holds ds * scale now
-    dk = dp.swapaxes(-1, -2) @ q
-    return dq.reshape(B, G * R, T, D), dk.sum(axis=2), dv.sum(axis=2)
+    for rows, keys in _blocks(T, S, causal):
+        np.matmul(dy[..., rows, :], v[..., keys, :].swapaxes(-1, -2), out=dp[..., rows, keys])
+        heads = (array.reshape(B * G * R, T, S)[:, rows, keys] for array in (p, dp, keep) if array is not None)
+        pieces.run(softmax_backward, *heads)
+        np.matmul(dp[..., rows, keys], k[..., keys, :], out=dq[..., rows, :])  # dp is ds now
+    first = 0
+    for rows, keys in _blocks(T, S, causal):  # each block's own keys, those that no query before it sees
+        rows, own, first = slice(rows.start, T), slice(first, keys.stop), keys.stop
+        np.matmul(dp[..., rows, own].swapaxes(-1, -2), q[..., rows, :], out=dk[..., own, :])  # q holds the scale
+        np.matmul(dropped[..., rows, own].swapaxes(-1, -2), dy[..., rows, :], out=dv[..., own, :])
+    dq *= scale
+    dk, dv = (dk.sum(axis=2), dv.sum(axis=2)) if R > 1 else (dk[:, :, 0], dv[:, :, 0])
+    return dq.reshape(B, G * R, T, D), dk, dv
+
+
+def _softmax(s: np.ndarray, future: np.ndarray | None) -> None:
+    """Scores (n, T, S) become p; 0 where `future` (T, S)."""
+    if future is not None:
+        np.copyto(s, -np.inf, where=future)
+    s -= np.maximum(s.max(axis=-1, keepdims=True), np.finfo(s.dtype).min)
+    np.exp(s, out=s)
+    s /= np.maximum(s.sum(axis=-1, keepdims=True), np.finfo(s.dtype).tiny)
+
+
+def _blocks(T: int, S: int, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Runs of queries, and the keys that the last of them sees: scores beyond need not be computed. Not where none."""
+    for start in range(0, T, BLOCK if causal else T):
+        stop = min(start + BLOCK, T) if causal else T
+        seen = S - T + stop if causal else S
+        if seen > 0:
+            yield slice(start, stop), slice(0, seen)

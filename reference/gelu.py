@@ -28,7 +28,7 @@ def forward(x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray, Any]:
         raise ValueError(f"approximate: {approximate!r} is not one of none, tanh")
     x = np.ascontiguousarray(x)
     y, kept = np.empty_like(x), np.empty_like(x)  # P or e
-    pieces.run(_FORWARD[approximate], *map(_rows, (x, kept, y)))
+    pieces.run(_FORWARD[approximate], *map(pieces.rows, (x, kept, y)))
     return y, (x, kept, approximate)
 
 
@@ -37,12 +37,8 @@ def backward(dy: np.ndarray, saved: Any) -> np.ndarray:
     x, kept, approximate = saved
     dy = np.ascontiguousarray(dy)
     dx = np.empty_like(dy)
-    pieces.run(_BACKWARD[approximate], *map(_rows, (dy, x, kept, dx)))
+    pieces.run(_BACKWARD[approximate], *map(pieces.rows, (dy, x, kept, dx)))
     return dx
-
-
-def _rows(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
 
 
 def _tanh_forward(x: np.ndarray, e: np.ndarray, y: np.ndarray) -> None:

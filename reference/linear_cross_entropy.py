@@ -1,4 +1,4 @@
-"""Output projection and cross entropy in one, a few rows at a time, so that the (N, V) logits never exist at once.
+"""Output projection and cross entropy in one, some rows at a time, so that the (N, V) logits never exist at once.
 
 forward    s = x W^T + b     loss = cross_entropy(s, targets)     ds = softmax(s) - one_hot(target), 0 where ignored
            and at once, from each rows' own ds:     dx = ds W     dW = sum of ds^T x     db = sum over rows of ds
@@ -16,7 +16,7 @@ import numpy as np
 
 from reference import cross_entropy, linear
 
-ROWS = 64  # at a time
+CHUNK = 1 << 24  # logits at a time, 64 MiB of float32: enough rows for fast products, each of which reads the weight
 
 
 def forward(
@@ -27,8 +27,9 @@ def forward(
     dx, dweight = np.empty(rows.shape, x.dtype), np.zeros_like(weight)
     dbias = None if bias is None else np.zeros_like(bias)
     total = x.dtype.type(0)
-    for start in range(0, len(rows), ROWS):
-        chunk = slice(start, start + ROWS)
+    step = max(1, CHUNK // len(weight))
+    for start in range(0, len(rows), step):
+        chunk = slice(start, start + step)
         logits, saved_linear = linear.forward(rows[chunk], weight, bias)
         mean, saved_loss = cross_entropy.forward(logits, target[chunk], ignore_index)
         counted = x.dtype.type(np.count_nonzero(target[chunk] != ignore_index))
@@ -42,8 +43,10 @@ def forward(
     return total / count, (dx.reshape(x.shape), dweight, dbias, count)
 
 
-def backward(dloss: float, saved: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """dloss, a scalar -> dx (..., C), dweight (V, C), dbias (V,) or None."""
+def backward(
+    dloss: float, saved: Any, out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """dloss, a scalar -> dx (..., C), dweight (V, C), dbias (V,) or None. `out`: dweight is written there."""
     dx, dweight, dbias, count = saved
     factor = dloss / count
-    return dx * factor, dweight * factor, None if dbias is None else dbias * factor
+    return dx * factor, np.multiply(dweight, factor, out=out), None if dbias is None else dbias * factor

@@ -10,6 +10,7 @@ and `backward` takes it from there, in reverse, down to the first parameter that
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from reference import (
     init,
     layer_norm,
     linear,
+    linear_cross_entropy,
     lora,
     philox,
     rms_norm,
@@ -49,14 +51,17 @@ def forward(
     keep: bool = True,
     cache: Cache | None = None,
     trained: Collection[str] | None = None,
+    targets: np.ndarray | None = None,
+    recompute: bool = False,
 ) -> tuple[np.ndarray, Any]:
-    """tokens (B, T) of integers -> logits (B, T, V), saved.
+    """tokens (B, T) of integers -> logits (B, T, V), saved. With `targets` (B, T): -> loss, saved; no logits exist.
 
     `noise(layer, site, shape, rate)` gives the noise of a dropout site, see philox.PhiloxNoise; None: no dropout.
     `positions`: those whose logits are wanted, such as slice(-1, None) to predict the next token, or integers (B, P).
     `keep` False: nothing is saved for a gradient, and memory is free again as soon as a layer is done with it.
     `cache`: of the tokens before these, to which these are added; without dropout, and no gradient is taken through it.
     `trained`: the names of the parameters that will get gradients, None for all; below the first nothing is saved.
+    `recompute`: of each block its input alone is saved, and `backward` computes the rest again.
     """
     B, T = tokens.shape
     starts = np.zeros(1, np.int64) if cache is None else cache.lengths
@@ -125,6 +130,16 @@ def forward(
         x = project(f"{name}.down", x, layer=i)
         return drop(f"{name}.dropout", i, philox.MLP_SHORTCUT, config.shortcut_dropout, x)
 
+    def block(i: int, x: np.ndarray) -> np.ndarray:
+        x = note(f"blocks.{i}.shortcut1", x + attend(i, norm(f"blocks.{i}.norm1", x)))
+        return note(f"blocks.{i}.shortcut2", x + feed_forward(i, norm(f"blocks.{i}.norm2", x)))
+
+    def again(i: int) -> None:
+        """Save what block i's gradient needs, for which its input was saved."""
+        nonlocal keeping, trace
+        keeping, trace = True, None
+        block(i, saved.pop(f"blocks.{i}"))
+
     x = run("tok_emb", embedding, tokens, params["tok_emb.weight"])
     places = np.arange(T) if cache is None else starts[:, None] + np.arange(T)
     if config.position == "learned":
@@ -133,14 +148,24 @@ def forward(
         turns = rope.angles(places, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
     x = drop("emb.dropout", 0, philox.EMBEDDING, config.emb_dropout, x)
     for i in range(config.n_layers):
-        keeping = keep and first <= i
-        x = note(f"blocks.{i}.shortcut1", x + attend(i, norm(f"blocks.{i}.norm1", x)))
-        x = note(f"blocks.{i}.shortcut2", x + feed_forward(i, norm(f"blocks.{i}.norm2", x)))
+        keeping = keep and first <= i and not recompute
+        if keep and first <= i and recompute:
+            saved[f"blocks.{i}"] = x
+        x = block(i, x)
     chosen = x[:, positions] if isinstance(positions, slice) else np.take_along_axis(x, positions[..., None], axis=1)
     keeping = keep
     x = norm("final_norm", chosen)
-    logits = project("head", x, "tok_emb.weight" if config.tie_embeddings else "")
-    return logits, (config, saved, positions, (B, T), trained)
+    head = head_weight(config)
+    if targets is None:
+        y = project("head", x, head)
+    else:
+        y = run("loss", linear_cross_entropy, x, params[head], params.get("head.bias"), targets)
+    return y, (config, saved, positions, (B, T), trained, again if recompute else None)
+
+
+def head_weight(config: GPTConfig) -> str:
+    """The name of the parameter that makes logits."""
+    return "tok_emb.weight" if config.tie_embeddings else "head.weight"
 
 
 def first_trained(config: GPTConfig, trained: Collection[str] | None) -> int:
@@ -152,18 +177,21 @@ def first_trained(config: GPTConfig, trained: Collection[str] | None) -> int:
 
 
 def backward(
-    dlogits: np.ndarray,
+    dy: np.ndarray | float,
     saved: Any,
     grads: Arrays | None = None,
     spare: Arrays | None = None,
     trace: Trace | None = None,
+    turn: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Arrays:
-    """dlogits like the logits -> gradients by parameter name, added to `grads` if given.
+    """dy like what `forward` gave, logits or loss -> gradients by parameter name, added to `grads` if given.
 
+    What was saved is used up: its memory is free again as soon as a layer is done with it.
     `spare`: arrays by parameter name whose contents are no longer needed; a weight's gradient is written there rather
     than to fresh memory. Each is taken out of the mapping when it is used.
+    `turn(name)`: within it a gradient is added; where several add to the same `grads` at once, it says who is next.
     """
-    config, saved, positions, (B, T), trained = saved
+    config, saved, positions, (B, T), trained, again = saved
     grads = {} if grads is None else grads
     spare = {} if spare is None else spare
 
@@ -177,17 +205,18 @@ def backward(
 
     def add(name: str, gradient: np.ndarray | None) -> None:
         if gradient is not None and learns(name):
-            if name in grads:
-                grads[name] += gradient
-            else:
-                grads[name] = gradient
+            with turn(name):
+                if name in grads:
+                    grads[name] += gradient
+                else:
+                    grads[name] = gradient
 
     def norm(name: str, dy: np.ndarray) -> np.ndarray:
         if config.norm == "rms_norm":
-            dx, dweight = rms_norm.backward(note(name, dy), saved[name])
+            dx, dweight = rms_norm.backward(note(name, dy), saved.pop(name))
             dbias = None
         else:
-            dx, dweight, dbias = layer_norm.backward(note(name, dy), saved[name])
+            dx, dweight, dbias = layer_norm.backward(note(name, dy), saved.pop(name))
         add(f"{name}.weight", dweight)
         add(f"{name}.bias", dbias)
         return dx
@@ -196,11 +225,11 @@ def backward(
         weight = weight or f"{name}.weight"
         out = None if weight in grads else spare.pop(weight, None)
         frozen = not learns(weight) and not learns(f"{name}.bias")
-        dx, dweight, dbias = linear.backward(note(name, dy), saved[name], out, frozen)
+        dx, dweight, dbias = linear.backward(note(name, dy), saved.pop(name), out, frozen)
         add(weight, dweight)
         add(f"{name}.bias", dbias)
         if f"{name}.lora" in saved:
-            dx_lora, da, db = lora.backward(note(f"{name}.lora", dy), saved[f"{name}.lora"])
+            dx_lora, da, db = lora.backward(note(f"{name}.lora", dy), saved.pop(f"{name}.lora"))
             add(f"{name}.lora_a", da)
             add(f"{name}.lora_b", db)
             dx += dx_lora
@@ -211,22 +240,23 @@ def backward(
         note(name, dy)
         if not learns(weight):
             return
-        if weight not in grads and weight in spare:
-            grads[weight] = spare.pop(weight)
-            grads[weight].fill(0)
-        grads[weight] = embedding.backward(dy, saved[name], grads.get(weight))
+        with turn(weight):
+            if weight not in grads and weight in spare:
+                grads[weight] = spare.pop(weight)
+                grads[weight].fill(0)
+            grads[weight] = embedding.backward(dy, saved.pop(name), grads.get(weight))
 
     def drop(name: str, dy: np.ndarray) -> np.ndarray:
-        return dropout.backward(note(name, dy), saved[name]) if name in saved else dy
+        return dropout.backward(note(name, dy), saved.pop(name)) if name in saved else dy
 
     def attend(i: int, dy: np.ndarray) -> np.ndarray:
         name = f"blocks.{i}.attn"
         dy = project(f"{name}.out", drop(f"{name}.dropout", dy))
         dy = note(f"{name}.heads", dy.reshape(B, T, -1, config.head_dim).transpose(0, 2, 1, 3))
-        dq, dk, dv = attention.backward(dy, saved[f"{name}.heads"])
+        dq, dk, dv = attention.backward(dy, saved.pop(f"{name}.heads"))
         if config.position == "rope":
-            dk = rope.backward(note(f"{name}.key.rope", dk), saved[f"{name}.key.rope"])
-            dq = rope.backward(note(f"{name}.query.rope", dq), saved[f"{name}.query.rope"])
+            dk = rope.backward(note(f"{name}.key.rope", dk), saved.pop(f"{name}.key.rope"))
+            dq = rope.backward(note(f"{name}.query.rope", dq), saved.pop(f"{name}.query.rope"))
         dq, dk, dv = (part.transpose(0, 2, 1, 3).reshape(B, T, -1) for part in (dq, dk, dv))
         dx = project(f"{name}.value", dv)
         dx += project(f"{name}.key", dk)
@@ -237,18 +267,29 @@ def backward(
         name = f"blocks.{i}.mlp"
         dy = project(f"{name}.down", drop(f"{name}.dropout", dy))
         if config.mlp == "swiglu":
-            dgate, dup = swiglu.backward(note(f"{name}.act", dy), saved[f"{name}.act"])
+            dgate, dup = swiglu.backward(note(f"{name}.act", dy), saved.pop(f"{name}.act"))
             dx = project(f"{name}.up", dup)
             dx += project(f"{name}.gate", dgate)
             return dx
-        return project(f"{name}.up", gelu.backward(note(f"{name}.act", dy), saved[f"{name}.act"]))
+        return project(f"{name}.up", gelu.backward(note(f"{name}.act", dy), saved.pop(f"{name}.act")))
 
-    dx = norm("final_norm", project("head", dlogits, "tok_emb.weight" if config.tie_embeddings else "head.weight"))
+    head = head_weight(config)
+    if "loss" in saved:
+        out = None if head in grads else spare.pop(head, None)
+        dx, dweight, dbias = linear_cross_entropy.backward(dy, saved.pop("loss"), out)
+        add(head, dweight)
+        add("head.bias", dbias)
+    else:
+        dx = project("head", dy, head)
+    del dy
+    dx = norm("final_norm", dx)
     if dx.shape[1] < T:
         dx_chosen, dx = dx, np.zeros((B, T, dx.shape[2]), dx.dtype)
         dx[:, positions] = dx_chosen
     first = first_trained(config, trained)
     for i in reversed(range(max(first, 0), config.n_layers)):
+        if again:
+            again(i)
         note(f"blocks.{i}.shortcut2", dx)
         dx += norm(f"blocks.{i}.norm2", feed_forward(i, dx))
         note(f"blocks.{i}.shortcut1", dx)

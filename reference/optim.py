@@ -45,29 +45,30 @@ class AdamW:
         lr = self.lr if lr is None else lr
         self.steps += 1
         b1, b2 = self.betas
-        step_size = lr / (1 - b1**self.steps)
         v_scale = 1 / math.sqrt(1 - b2**self.steps)
+        step_size, eps = lr / (1 - b1**self.steps) / v_scale, self.eps / v_scale  # so that sqrt(v) needs no factor
 
         def update(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, keep: float) -> None:
-            g = g * scale
-            m += (1 - b1) * (g - m)
+            part = g * ((1 - b1) * scale)
+            m *= b1
+            m += part
+            np.multiply(g, scale * math.sqrt(1 - b2), out=part)
+            part *= part
             v *= b2
-            g *= g
-            g *= 1 - b2
-            v += g
-            np.sqrt(v, out=g)
-            g *= v_scale
-            g += self.eps
-            np.divide(m, g, out=g)
-            g *= step_size
-            w *= keep
-            w -= g
+            v += part
+            np.sqrt(v, out=part)
+            part += eps
+            np.divide(m, part, out=part)
+            part *= step_size
+            if keep != 1:
+                w *= keep
+            w -= part
 
         for name, w in self.params.items():
             decays = self.decay == "all" or w.ndim >= 2
             keep = 1 - lr * self.weight_decay if decays else 1.0
             flat = (array.reshape(-1) for array in (w, grads[name], self.m[name], self.v[name]))
-            pieces.run(lambda w, g, m, v, keep=keep: update(w, g, m, v, keep), *flat)
+            pieces.run(lambda w, g, m, v, keep=keep: update(w, g, m, v, keep), *flat, together=True)
 
     def state(self) -> dict[str, Any]:
         """The optimizer's memory: {"step": int, "m": name -> array, "v": name -> array}, not copied."""

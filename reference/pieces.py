@@ -1,8 +1,9 @@
-"""Element-wise work in pieces that stay in a core's cache, several pieces at once.
+"""Element-wise work in pieces that stay in a core's cache.
 
-A chain of NumPy operations on a large array reads and writes main memory once for each operation. Done piece by piece
-it does so once in all, and NumPy releases the interpreter's lock inside each operation, so that threads share the work.
-The rows of the pieces are independent: a result does not depend on how many pieces or threads there were.
+A chain of NumPy operations on a large array reads and writes main memory once for each operation; done piece by piece
+it does so once in all. NumPy releases the interpreter's lock inside each operation, so that threads can share pieces;
+that pays where there are many, for a thread that is woken for a few arrives when they are done. Rows are independent: a
+result does not depend on how many pieces or threads there were.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cache
 
 import numpy as np
 
-PIECE = 1 << 16  # elements: 256 KiB of float32, so that a few arrays of a piece fit a second-level cache
+PIECE = 1 << 17  # elements: few enough for a core's cache, so many that threads seldom wait for the interpreter
 
 
 @cache
@@ -26,31 +27,34 @@ def _threads() -> ThreadPoolExecutor | None:
     return ThreadPoolExecutor(cores - 1, "pieces") if cores > 1 else None
 
 
-def run(function: Callable[..., None], *arrays: np.ndarray) -> None:
+def run(function: Callable[..., None], *arrays: np.ndarray, together: bool = False) -> None:
     """Call function(*pieces) for consecutive runs of rows of `arrays`, which all have the same number of rows.
 
-    The function writes its results into pieces; it must treat rows independently and call no other `run`.
+    The function writes its results into pieces, and must treat rows independently. `together`: all cores share them.
     """
-    rows = len(arrays[0])
-    width = max(1, max(array.size for array in arrays) // max(1, rows))
+    count = len(arrays[0])
+    width = max(1, max(array.size for array in arrays) // max(1, count))
     step = max(1, PIECE // width)
-    starts = range(0, rows, step)
-    threads = _threads() if len(starts) > 1 else None
-    if threads is None:
-        for start in starts:
-            function(*(array[start : start + step] for array in arrays))
-        return
-    remaining = iter(starts)  # next() on a range's iterator is atomic: each worker takes the piece that is next
+    starts = iter(range(0, count, step))  # next() on it is atomic: each thread takes the piece that is next
 
     def work() -> None:
-        for start in remaining:
+        for start in starts:
             function(*(array[start : start + step] for array in arrays))
 
+    threads = _threads() if together and count > step else None
+    if threads is None:
+        work()
+        return
     # In a copy of the caller's context, so that its np.errstate holds there too.
     helpers = [threads.submit(copy_context().run, work) for _ in range(threads._max_workers)]
     work()
     for helper in helpers:
         helper.result()
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """x (..., C) -> (N, C); a number alone is one row."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
 
 
 def sum_rows(x: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def forward(gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, Any]:
         np.multiply(gate, s, out=y)
         y *= up
 
-    pieces.run(swiglu, *map(_rows, (gate, up, s, y)))
+    pieces.run(swiglu, *map(pieces.rows, (gate, up, s, y)))
     return y, (gate, up, s)
 
 
@@ -50,9 +50,5 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray]:
         dgate *= dy
         dup *= dy
 
-    pieces.run(swiglu_backward, *map(_rows, (dy, gate, up, s, dgate, dup)))
+    pieces.run(swiglu_backward, *map(pieces.rows, (dy, gate, up, s, dgate, dup)))
     return dgate, dup
-
-
-def _rows(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)

@@ -212,12 +212,12 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "scores not scaled", "attention",
-            "        s *= scale\n", "",
+            " * q.dtype.type(scale)", "",
             "attention", "dq",
         ),
         (
-            "gradients of q and k not scaled", "attention",
-            "        dp *= scale\n", "",
+            "gradient of q not scaled", "attention",
+            "    dq *= scale\n", "",
             "attention", "dq",
         ),
         (
@@ -227,17 +227,17 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "mask hides a query's own key", "attention",
-            "np.arange(S) > np.arange(S - T, S)", "np.arange(S) >= np.arange(S - T, S)",
+            "np.arange(keys.stop) > np.arange", "np.arange(keys.stop) >= np.arange",
             "attention", "y",
         ),
         (
             "mask shows one future key", "attention",
-            "np.arange(S) > np.arange(S - T, S)", "np.arange(S) > 1 + np.arange(S - T, S)",
+            "np.arange(keys.stop) > np.arange", "np.arange(keys.stop) > 1 + np.arange",
             "attention", "y of earlier queries",
         ),
         (
             "mask counts queries from the first key", "attention",
-            "np.arange(S - T, S)", "np.arange(T)",
+            "[:, None] + S - T if causal", "[:, None] if causal",
             "attention-past", "y of earlier queries",
         ),
         (
@@ -252,7 +252,7 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "dv from weights before dropout", "attention",
-            "dv = dropped.swapaxes", "dv = p.swapaxes",
+            "dropped[..., rows, own].swapaxes", "p[..., rows, own].swapaxes",
             "attention-dropout", "dv",
         ),
         (
@@ -382,7 +382,7 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "keys not turned back", "model",
-            'dk = rope.backward(note(f"{name}.key.rope", dk), saved[f"{name}.key.rope"])',
+            'dk = rope.backward(note(f"{name}.key.rope", dk), saved.pop(f"{name}.key.rope"))',
             'note(f"{name}.key.rope", dk)',
             "model llama", "d.blocks.1.attn.key",
         ),
@@ -413,7 +413,7 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "eps forgotten", "optim",
-            "            g += self.eps\n", "",
+            "            part += eps\n", "",
             "model tied", "tok_emb.weight",
         ),
         (

@@ -1,0 +1,184 @@
+"""A batch in parts: the sums are those of the whole, always the same, and an error in one part ends all of them."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt import numpy_engine, parts
+from gpt.engine import IGNORE, Batch, NonFiniteError, OptimizerConfig, create_engine
+from reference import attention
+from reference.config import GPTConfig
+from reference.init import initialize
+from reference.philox import PhiloxNoise
+from reference.torch_rng import Generator
+
+GPT2 = GPTConfig(300, 32, 64, 2, 2, qkv_bias=True, tie_embeddings=True, shortcut_dropout=0.1, attn_dropout=0.2)
+LLAMA = GPTConfig(
+    300, 32, 64, 2, 4, 2, norm="rms_norm", mlp="swiglu", position="rope", bias=False, emb_dropout=0.1,
+    lora={"rank": 2, "alpha": 4.0, "dropout": 0.1},
+)  # fmt: skip
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Sets how many parts there may be, however short."""
+
+    def of(count: int) -> None:
+        parts._pool.cache_clear()
+        monkeypatch.setattr(parts, "_threads", lambda: count)
+        monkeypatch.setattr(parts, "LEAST", 1)
+
+    yield of
+    parts._pool.cache_clear()
+
+
+def batch(rows: int = 5, T: int = 32) -> Batch:
+    rng = np.random.default_rng(rows)
+    tokens = rng.integers(0, 300, (rows, T + 1))
+    targets = tokens[:, 1:].copy()
+    targets[-1, 3:] = IGNORE
+    targets[0] = IGNORE  # a part may have nothing that counts
+    return Batch(tokens[:, :-1], targets)
+
+
+def engine(config, dtype="float64", **more):
+    rng = np.random.default_rng(1)
+    params = {
+        n: p + 0.02 * rng.normal(size=p.shape) for n, p in initialize(config, Generator(1), "gpt2").items()
+    }  # adapters that are 0 would hide their gradients
+    return create_engine("numpy", config, params, OptimizerConfig(), dtype, **more)
+
+
+def step(config, **more):
+    """Loss, gradients of two batches and the evaluation's loss."""
+    e = engine(config, **more)
+    losses = [
+        e.accumulate(batch(), 0.25, PhiloxNoise(3, 1), last=False),
+        e.accumulate(batch(3), 0.75, PhiloxNoise(3, 1, 5)),
+    ]
+    return [*losses, e.loss(batch())], {name: g.copy() for name, g in e.gradients().items()}
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA])
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_parts_give_the_gradients_of_the_whole(threads, config, count):
+    threads(1)
+    losses, gradients = step(config)
+    threads(count)
+    in_parts, gradients_in_parts = step(config)
+    np.testing.assert_allclose(in_parts, losses, rtol=1e-14)
+    assert gradients_in_parts.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            gradients_in_parts[name], gradient, rtol=1e-9, atol=1e-15 + 1e-13 * abs(gradient).max(), err_msg=name
+        )
+
+
+def test_parts_add_up_in_the_same_order_each_time(threads):
+    threads(4)
+    (first, gradients), (again, others) = (step(GPT2, dtype="float32") for _ in range(2))
+    assert first == again
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(others[name], gradient, err_msg=name)
+
+
+def test_turns_follow_the_parts_order_whoever_comes_first(threads):
+    threads(3)
+    order: dict[str, list[int]] = {"a": [], "b": []}
+    late = threading.Event()
+
+    def work(share: slice, turn: parts.Turn) -> int:
+        if share.start == 0:
+            late.wait(0.2)  # the others are at their first turn by then
+        for name in ("a", "b", "a"):
+            with turn(name):
+                order[name].append(share.start)
+        return share.start
+
+    assert parts.run(work, parts.divide(3, 100)) == [0, 1, 2]
+    assert order == {"a": [0, 1, 2, 0, 1, 2], "b": [0, 1, 2]}
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_error_in_one_part_ends_all_and_is_raised(threads, failing):
+    threads(3)
+
+    def work(share: slice, turn: parts.Turn) -> None:
+        if share.start == failing:
+            raise MemoryError("no more")
+        for _ in range(3):
+            with turn("sum"):
+                pass
+
+    with pytest.raises(MemoryError, match="no more"):
+        parts.run(work, parts.divide(3, 100))
+    assert parts.run(lambda share, turn: share.stop, parts.divide(3, 100)) == [1, 2, 3]  # and nothing is left behind
+
+
+@given(examples=st.integers(1, 40), entries=st.integers(1, 1 << 20), cores=st.integers(1, 16))
+def test_shares_are_all_examples_once_and_differ_by_one(examples, entries, cores):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_threads", lambda: cores)
+        shares = parts.divide(examples, entries)
+    assert 1 <= len(shares) <= min(cores, examples)
+    assert len(shares) == 1 or entries // len(shares) >= parts.LEAST
+    assert [n for share in shares for n in range(share.start, share.stop)] == list(range(examples))
+    sizes = [share.stop - share.start for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_that_is_not_finite_names_its_tensor(threads, count):
+    threads(count)
+    e = engine(GPT2)
+    e.parameters()["blocks.1.mlp.up.weight"][3, 4] = np.inf
+    with pytest.raises(NonFiniteError, match=r"^loss is nan, first in blocks\.1\.mlp\.up\.weight$"):
+        e.accumulate(batch())
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, LLAMA.replace(lora=None)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(threads, config, count):
+    threads(count)
+    losses, gradients = step(config)
+    again, recomputed = step(config, checkpoint_activations=True)
+    assert again == losses
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(recomputed[name], gradient, err_msg=name)
+
+
+@pytest.mark.parametrize("config", [GPT2, GPT2.replace(tie_embeddings=False, head_bias=True)])
+def test_large_vocabularies_need_no_logits(threads, config, monkeypatch):
+    threads(2)
+    losses, gradients = step(config)
+    monkeypatch.setattr(numpy_engine, "LARGE", 1)
+    monkeypatch.setattr("reference.linear_cross_entropy.CHUNK", 300 * 20)  # 20 rows
+    monkeypatch.setattr("reference.model.cross_entropy", None)
+    fused, same = step(config)
+    np.testing.assert_allclose(fused, losses, rtol=1e-14)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            same[name], gradient, rtol=1e-9, atol=1e-15 + 1e-13 * abs(gradient).max(), err_msg=name
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(T=st.integers(1, 12), S=st.integers(1, 12), block=st.integers(1, 13), causal=st.booleans(), group=st.booleans())
+def test_attention_in_blocks_is_attention(T, S, block, causal, group):
+    rng = np.random.default_rng(T * 100 + S)
+    q, dy = rng.normal(size=(2, 2, 4, T, 3))
+    k, v = rng.normal(size=(2, 2, 2 if group else 4, S, 3))
+
+    def both(size: int):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "BLOCK", size)
+            y, saved = attention.forward(q, k, v, causal, None, 0.25, (7, 0))
+            return y, saved[3], *attention.backward(dy, saved)
+
+    for whole, blocks in zip(both(100), both(block), strict=True):
+        np.testing.assert_allclose(blocks, whole, rtol=1e-12, atol=1e-14)
