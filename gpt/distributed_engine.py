@@ -62,6 +62,8 @@ class SharedEngine(TorchEngine, ABC):
         super().__init__(
             config, params, optimizer, dtype, device, operators, precision, compile, checkpoint_activations
         )
+        if compile and checkpoint_activations:  # what is compiled cannot be cut at DDP's buckets where blocks run twice
+            torch._dynamo.config.optimize_ddp = False
         self.root = self._wrap(_Entry(self.model, self._loss, self._logps))
         self._loss, self._logps = partial(self.root, "loss"), partial(self.root, "token_logps")
         self._logits = partial(self.root, "logits")
