@@ -21,7 +21,8 @@ from reference.config import GPTConfig
 from reference.lora import SITES
 
 FEW_ROWS = 8
-LOGITS = 2**26  # 256 MiB in float32, and three arrays of them while gradients are computed; as kernels' own
+# 256 MiB in float32. While gradients are computed there are three arrays of logits: beyond this, most of the memory.
+LOGITS = 2**26
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def chunked_cross_entropy(
     """
     device = x.device.type
     lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if lower else x.dtype
+    dtype = torch.get_autocast_dtype(device) if lower and x.dtype != torch.float64 else x.dtype  # as autocast itself
     graph = torch.is_grad_enabled()
     wanted = [graph and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
     return _chunked_cross_entropy(x, weight, bias, targets, ignore_index, dtype, wanted)[0]

@@ -22,6 +22,15 @@ BATCH = Batch(TOKENS[:, :-1], np.where(np.arange(8) < [[0], [3], [8], [1]], IGNO
 PAIRS = Preferences(TOKENS[:, :-1], TOKENS[:, 1:], "dpo", 0.1, np.array([-30.0, -31, -29, -33]))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """To which arrays so small cost least."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def engines(config=GPT2, adapters=False, trained=(), name="torch", **settings):
     """Two that differ in whether activations are kept."""
     stream = Generator(1)
