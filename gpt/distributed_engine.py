@@ -55,10 +55,15 @@ class SharedEngine(TorchEngine, ABC):
         operators: str = "auto",
         precision: str = "full",
         compile: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         world.start()
         device = str(world.device()) if device == "auto" else device
-        super().__init__(config, params, optimizer, dtype, device, operators, precision, compile)
+        super().__init__(
+            config, params, optimizer, dtype, device, operators, precision, compile, checkpoint_activations
+        )
+        if compile and checkpoint_activations:  # what is compiled cannot be cut at DDP's buckets where blocks run twice
+            torch._dynamo.config.optimize_ddp = False
         self.root = self._wrap(_Entry(self.model, self._loss, self._logps))
         self._loss, self._logps = partial(self.root, "loss"), partial(self.root, "token_logps")
         self._logits = partial(self.root, "logits")
@@ -175,12 +180,15 @@ class ShardedEngine(SharedEngine):
         operators: str = "auto",
         precision: str = "full",
         compile: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         if precision == "float16":
             raise UserError("precision: float16 scales gradients that fsdp has in parts; choose bfloat16, or ddp")
         if compile:
             raise UserError("compile: fsdp gathers parameters between what would be compiled; choose ddp")
-        super().__init__(config, params, optimizer, dtype, device, operators, precision, compile)
+        super().__init__(
+            config, params, optimizer, dtype, device, operators, precision, compile, checkpoint_activations
+        )
         self._dtype = dtype
         self._waiting = False  # whether there are gradients that have not been added up
 

@@ -15,11 +15,14 @@ import numpy as np
 
 from gpt.errors import UserError, is_installed
 from reference.config import GPTConfig
+from reference.torch_rng import StreamNoise
 
 Arrays = dict[str, np.ndarray]
 Noise = Callable[[int, int, tuple[int, ...], float], Any]  # (layer, site, shape, rate), see reference/philox.py
 Trace = Callable[[str, np.ndarray], None]
+OWN = "own."  # begins the names of what an engine keeps beside AdamW's memory for itself; all others overlook it
 IGNORE = -100  # a target that does not count
+STREAM_AGAIN = "checkpoint_activations: dropout_source torch draws other masks when asked again; choose philox"
 PRECISIONS = ("full", "tf32", "bfloat16", "float16")
 
 
@@ -246,7 +249,8 @@ class Engine(Protocol):
     def optimizer_state(self) -> Arrays:
         """AdamW's memory: arrays "m.NAME" and "v.NAME" for each parameter that learns, and "step", an int64 scalar.
 
-        All processes ask, as for `parameters`.
+        What else an engine needs to go on as it would have is there under names that begin with `OWN`. All processes
+        ask, as for `parameters`.
         """
         ...
 
@@ -272,14 +276,16 @@ def create_engine(
     precision: str = "full",
     compile: bool = False,
     parallel: Literal["ddp", "fsdp"] | None = None,
+    checkpoint_activations: bool = False,
 ) -> Engine:
     """The engine "numpy", "torch" or "triton" holding a copy of `params`; "auto" is torch where it is installed.
 
     "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype`, of parameters and gradients, is float32 or
     float64. `precision` bfloat16 or float16 computes in that type where torch.autocast does, float16 with its gradients
     scaled; tf32 lets GPUs round the factors of float32 products to 10 bits, in the whole process. `compile` is
-    torch.compile. These two and `device` are not for the NumPy engine, which runs on the CPU. `parallel` lets the
-    processes that torchrun started share each batch (gpt/distributed_engine.py).
+    torch.compile, of the model and of the optimizer's step. These two and `device` are not for the NumPy engine, which
+    runs on the CPU. `parallel` lets the processes that torchrun started share each batch (gpt/distributed_engine.py).
+    `checkpoint_activations` keeps each block's input alone, and computes the rest again in the backward pass.
     """
     if dtype not in ("float32", "float64"):
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
@@ -297,7 +303,7 @@ def create_engine(
             raise UserError("precision, compile: the numpy engine computes in its dtype, and compiles nothing")
         from gpt.numpy_engine import NumpyEngine
 
-        return NumpyEngine(config, params, optimizer, dtype)
+        return NumpyEngine(config, params, optimizer, dtype, checkpoint_activations)
     if name in ("torch", "triton"):
         from gpt.errors import require
 
@@ -305,10 +311,12 @@ def create_engine(
         if parallel:
             from gpt.distributed_engine import ENGINES
 
-            return ENGINES[parallel](config, params, optimizer, dtype, device, name, precision, compile)
+            return ENGINES[parallel](
+                config, params, optimizer, dtype, device, name, precision, compile, checkpoint_activations
+            )
         from gpt.torch_engine import TorchEngine
 
-        return TorchEngine(config, params, optimizer, dtype, device, name, precision, compile)
+        return TorchEngine(config, params, optimizer, dtype, device, name, precision, compile, checkpoint_activations)
     raise UserError(f"engine: {name!r} is not one of numpy, torch, triton, auto")
 
 
@@ -359,10 +367,16 @@ def _check_pairs(batch: Preferences) -> None:
         raise UserError(f"dpo: expected the {rows} answers' log-probabilities before training as `reference`")
 
 
+def check_noise(noise: Noise | None, checkpoint_activations: bool) -> None:
+    """Refuse noise that would be other noise where activations are computed a second time."""
+    if checkpoint_activations and isinstance(noise, StreamNoise):
+        raise UserError(STREAM_AGAIN)
+
+
 def check_arrays(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a mapping whose names or shapes are not exactly these."""
+    """Refuse a mapping whose names or shapes are not exactly these, but for what is some engine's `OWN`."""
     missing = [name for name in shapes if name not in given]
-    unknown = [name for name in given if name not in shapes]
+    unknown = [name for name in given if name not in shapes and not name.startswith(OWN)]
     if missing or unknown:
         named = {"missing": missing, "unexpected": unknown}
         listed = "; ".join(f"{kind} {', '.join(names)}" for kind, names in named.items() if names)

@@ -5,10 +5,12 @@ Its operators come as a set (gpt/ops.py); which one is not asked here.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt.cache import Cache
 from gpt.ops import TORCH, Operators, linear, lora, token_logps
@@ -189,11 +191,15 @@ def angles(config: GPTConfig, places: torch.Tensor, dtype: torch.dtype) -> tuple
 
 
 class GPT(nn.Module):
-    """`GPTConfig.parameter_shapes` are this module's `state_dict`, in the same order."""
+    """`GPTConfig.parameter_shapes` are this module's `state_dict`, in the same order.
 
-    def __init__(self, config: GPTConfig, operators: Operators = TORCH) -> None:
+    `checkpoint_activations`: of a block its input alone is kept, and the rest computed again in the backward pass. Its
+    noise must then be a function of its arguments.
+    """
+
+    def __init__(self, config: GPTConfig, operators: Operators = TORCH, checkpoint_activations: bool = False) -> None:
         super().__init__()
-        self.config, self.operators = config, operators
+        self.config, self.operators, self.checkpoint_activations = config, operators, checkpoint_activations
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         if config.position == "learned":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
@@ -246,8 +252,13 @@ class GPT(nn.Module):
         if rate and noise is not None:
             x = self.operators.dropout(x, rate, noise(0, philox.EMBEDDING, tuple(x.shape), rate))
             trace("emb.dropout", x)
+        again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
-            x = block(x, noise, trace, cache, turns)
+            if again:  # of blocks before the first that learns nothing is kept anyway
+                compute = partial(block, noise=noise, trace=trace, turns=turns)
+                x = checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, noise, trace, cache, turns)
         chosen = x[:, positions] if isinstance(positions, slice) else x.take_along_dim(positions[..., None], dim=1)
         x = self.final_norm(chosen)
         trace("final_norm", x)

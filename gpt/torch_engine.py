@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from gpt.engine import (
 )
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.ops import Operators, choose, dpo, orpo, separate, token_logps
+from gpt.ops import CompiledNoise, Operators, choose, dpo, orpo, separate, token_logps
 from reference.config import GPTConfig
+
+SCALE, GROWTH = f"{face.OWN}gradient_scale", f"{face.OWN}steps_of_this_scale"  # float16's, beside the optimizer's state
 
 
 class TorchEngine:
@@ -41,13 +44,14 @@ class TorchEngine:
         operators: str | Operators = "auto",
         precision: str = "full",
         compile: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         self.config = config
         self.device = _device(device)
         chosen = choose(operators, self.device)
         self.name = chosen.name
         with torch.device("meta"):
-            model = GPT(config, chosen).to(getattr(torch, dtype))
+            model = GPT(config, chosen, checkpoint_activations).to(getattr(torch, dtype))
         self.model = self._place(model)
         self._params = dict(self.model.named_parameters())
         self.load_parameters(params)
@@ -66,7 +70,20 @@ class TorchEngine:
         self._loss = torch.compile(self.model.loss) if compile else self.model.loss
         self._logps = torch.compile(self.model.token_logps) if compile else self.model.token_logps
         self._logits: Callable[..., torch.Tensor] = self.model
-        self._optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+        self._compiled = compile
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            lr=self._number(optimizer.lr) if compile else optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            capturable=compile and self.device.type == "cuda",
+        )
+        if compile:  # what changes from step to step is in tensors, and nothing is compiled again
+            for p in self._trained.values():
+                self._remember(p, 0, torch.zeros_like(p), torch.zeros_like(p))
+            step = torch.optim.AdamW.step  # within, what only labels it for a profiler
+            step = torch.compile(getattr(step, "__wrapped__", step))
+            self._optimizer.step = partial(step, self._optimizer)  # type: ignore[method-assign]
 
     def loss(self, batch: Examples) -> float:
         face.check_batch(batch, self.config)
@@ -75,6 +92,7 @@ class TorchEngine:
 
     def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
+        face.check_noise(noise, self.model.checkpoint_activations)
         with self._autocast():
             loss = self._mean_loss(batch, noise)
         if not torch.isfinite(loss):
@@ -83,6 +101,8 @@ class TorchEngine:
         return loss.item()
 
     def _mean_loss(self, batch: Examples, noise: Noise | None = None) -> torch.Tensor:
+        if self._compiled and noise is not None:
+            noise = CompiledNoise(noise, self.config)
         if isinstance(batch, Preferences):
             return self._preference_loss(batch, self._logps(*self._to_device(batch), noise))
         return self._loss(*self._to_device(batch), noise)
@@ -121,14 +141,15 @@ class TorchEngine:
         grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
         total = self._whole(torch.nn.utils.get_total_norm(grads.values()))
         norm = total.item()
-        if not np.isfinite(norm) and not self._scaler.is_enabled():  # else the scale was too large: no step, and less
+        # Of float16 the scale may have been too large: no step, and less. Below 1 it is not to blame.
+        if not np.isfinite(norm) and self._scaler.get_scale() <= 1:
             wrong = [name for name, gradient in grads.items() if not torch.isfinite(self._whole(gradient)).all()]
             where = wrong[0] if wrong else "its sum of squares"
             raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained.values(), max_norm, total)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["lr"].fill_(lr) if self._compiled else lr
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self.forget_gradients()
@@ -172,6 +193,9 @@ class TorchEngine:
                 state[f"{moment}.{name}"] = of_parameter.get(key, torch.zeros_like(p)).detach().cpu().numpy()
             if of_parameter:
                 state["step"] = np.array(int(of_parameter["step"]), np.int64)
+        if self._scaler.is_enabled():
+            scaler = self._scaler.state_dict()
+            state[SCALE], state[GROWTH] = np.array(scaler["scale"]), np.array(scaler["_growth_tracker"], np.int64)
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
@@ -181,8 +205,20 @@ class TorchEngine:
             with torch.no_grad():
                 self._fill(m, state[f"m.{name}"])
                 self._fill(v, state[f"v.{name}"])
-            step = torch.tensor(float(np.asarray(state["step"])))
-            self._optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+            self._remember(p, int(np.asarray(state["step"])), m, v)
+        if self._scaler.is_enabled() and SCALE in state:
+            face.check_arrays({name: state[name] for name in (SCALE, GROWTH) if name in state}, {SCALE: (), GROWTH: ()})
+            known = {"scale": float(np.asarray(state[SCALE])), "_growth_tracker": int(np.asarray(state[GROWTH]))}
+            self._scaler.load_state_dict(self._scaler.state_dict() | known)
+
+    def _remember(self, p: torch.Tensor, step: int, m: torch.Tensor, v: torch.Tensor) -> None:
+        """Give the optimizer its memory of a parameter."""
+        count = self._number(step) if self._compiled else torch.tensor(float(step))
+        self._optimizer.state[p] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
+
+    def _number(self, value: float) -> torch.Tensor:
+        """A number as a tensor, with all its digits."""
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
 
     def trace(self, batch: Examples, trace: Trace, noise: Noise | None = None) -> None:
         def note(name: str, tensor: torch.Tensor) -> None:

@@ -56,7 +56,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a resumed run needs. `optimizer` has arrays "m.NAME" and "v.NAME" and "step"; `state` is the trainer's."""
+    """What a resumed run needs. `optimizer` is what `Engine.optimizer_state` gave; `state` is the trainer's."""
 
     path: Path
     model: SavedModel

@@ -31,7 +31,7 @@ from gpt.data.encoded import encode_split
 from gpt.data.files import atomic_write
 from gpt.data.tokenfile import MAGIC, fingerprint
 from gpt.data.workers import cores
-from gpt.engine import Engine, create_engine
+from gpt.engine import STREAM_AGAIN, Engine, create_engine
 from gpt.errors import UserError
 from gpt.generate import Sampling, generate
 from gpt.options import did_you_mean, from_dict, read_yaml, to_dict, to_yaml
@@ -57,8 +57,8 @@ CONFIG, LOG, PLOT = "config.yaml", "log.csv", "loss"
 # What a resumed run may change: on which engine it goes on, for how long, and how it is looked at. All else would make
 # it another run, as would what is FIXED of `train` and `optimizer`.
 FREE = (
-    "engine", "precision", "compile", "parallel", "timeout", "out", "log_to", "resume", "prompt", "sample_tokens",
-    "responses", "max_new_tokens", "keep_tokens", "optimizer", "train",
+    "engine", "precision", "compile", "checkpoint_activations", "parallel", "timeout", "out", "log_to", "resume",
+    "prompt", "sample_tokens", "responses", "max_new_tokens", "keep_tokens", "optimizer", "train",
 )  # fmt: skip
 FIXED = ("train.seed", "train.first_eval", "optimizer.trained")
 
@@ -190,10 +190,13 @@ def make_engine(
 
     `shared`: by the processes that there are, if there are several; else this process has it alone.
     """
+    source = getattr(getattr(config, "train", None), "dropout_source", "philox")
+    if config.checkpoint_activations and source != "philox":
+        raise UserError(STREAM_AGAIN)
     try:
         return create_engine(
             config.engine, model, params, optimizer or config.optimizer, config.dtype,
-            precision=config.precision, compile=config.compile,
+            precision=config.precision, compile=config.compile, checkpoint_activations=config.checkpoint_activations,
             parallel=config.parallel if shared and world.size() > 1 else None,
         )  # fmt: skip
     except UserError as error:

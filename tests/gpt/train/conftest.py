@@ -42,6 +42,7 @@ def one_thread():
 def make_trainer(tmp_path, one_thread):
     def make(engine="numpy", run_dir=tmp_path / "run", dtype="float32", config=CONFIG, optimizer=None, **options):
         passed_on = {name: options.pop(name) for name in ("sample", "progress", "tokenizer") if name in options}
+        precision = options.pop("precision", "full")
         settings = TrainConfig(**{"eval_every": 5, "eval_batches": 2, **options})
         optimizer = optimizer or OptimizerConfig(lr=1e-2)
         generator = Generator(settings.seed)
@@ -50,7 +51,7 @@ def make_trainer(tmp_path, one_thread):
             WindowLoader(ids, 4, 8, 4, shuffle, shuffle, generator)
             for ids, shuffle in ((TOKENS[:200], True), (TOKENS[200:], False))
         ]
-        model = create_engine(engine, config, params, optimizer, dtype)
+        model = create_engine(engine, config, params, optimizer, dtype, precision=precision)
         return Trainer(model, settings, *loaders, lr=optimizer.lr, generator=generator, run_dir=run_dir, **passed_on)
 
     return make

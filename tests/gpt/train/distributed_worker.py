@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt import world
+from gpt import ops, world
 from gpt.cli import main
 from gpt.data.loader import windows_at
 from gpt.engine import IGNORE, Batch, NonFiniteError, OptimizerConfig, Preferences, Unread, create_engine
@@ -32,6 +32,7 @@ CASES = {
     "pairs": (GPT2, "torch", "float64", "pairs", {}),
     KERNELS: (LLAMA, "triton", "float32", "text", {}),
 }
+AGAIN = "gpt2 float64", KERNELS  # of which processes that share them keep no activations
 TOKENS = np.random.default_rng(1).integers(0, 29, 300)
 
 
@@ -59,7 +60,10 @@ def results(parallel: str | None) -> dict[str, np.ndarray]:
         if kind == "pairs":
             params, config = adapt(params, config, stream, **ADAPTERS)
         optimizer = OptimizerConfig(lr=1e-2, **settings)
-        engine = create_engine(operators, config, params, optimizer, dtype, "cpu", parallel=parallel)
+        again = parallel is not None and case in AGAIN
+        engine = create_engine(
+            operators, config, params, optimizer, dtype, "cpu", parallel=parallel, checkpoint_activations=again
+        )
         seen: dict[str, object] = {"moments before a step": engine.optimizer_state().get("m.final_norm.weight", 0)}
         for step in range(1 if few else 3):
             row = 0
@@ -158,6 +162,7 @@ if __name__ == "__main__":
         Path(target, f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
         raise SystemExit(main(["train", *arguments]))
     world.start(120)
+    ops.LOGITS = 0  # heads' losses in chunks, as those of many logits are
     parts = {}
     for way in ("ddp", "fsdp"):
         parts |= {f"{way} {name}": value for name, value in results(way).items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt.engine import OWN
 from gpt.errors import UserError
 from gpt.train.checkpoint import find_checkpoint, load_checkpoint
 from gpt.train.log import read_log
@@ -120,6 +121,42 @@ def test_continues_in_the_other_engine(make_trainer, tmp_path, first, second):
     trainer.resume()
     trainer.run()
     assert_same_run(tmp_path / "whole", tmp_path / "parts", rtol=1e-6, atol=1e-9)
+
+
+def scaled(trainer, init_scale):
+    """The trainer, whose gradients' scale is this at first, and doubles after three steps that were taken."""
+    torch = pytest.importorskip("torch")
+    trainer.engine._scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=3)
+    return trainer
+
+
+@pytest.mark.parametrize("stop", [1, 13])
+def test_the_scale_of_float16_gradients_is_kept(make_trainer, tmp_path, stop):
+    """It begins too large, so that the first steps are skipped, then grows now and then. Other engines overlook it."""
+    settings = {"engine": "torch", "precision": "float16", "epochs": 2}
+    whole = scaled(make_trainer(run_dir=tmp_path / "whole", **settings), 2.0**40)
+    whole.run()
+    parts = {**settings, "run_dir": tmp_path / "parts"}
+    first = scaled(make_trainer(progress=InterruptAfter(stop), **parts), 2.0**40)
+    first.run()
+    taken = int(first.engine.optimizer_state()["step"])
+    assert taken < stop + 1
+    trainer = scaled(make_trainer(**parts), 2.0**3)
+    trainer.resume()
+    assert trainer.engine._scaler.get_scale() == first.engine._scaler.get_scale() < 2.0**40
+    trainer.run()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    for name, precision in (("numpy", "full"), ("torch", "full"), ("torch", "bfloat16")):
+        other = make_trainer(name, tmp_path / "parts", epochs=3, precision=precision)
+        other.resume()
+        assert not any(key.startswith(OWN) for key in other.engine.optimizer_state())
+
+
+def test_float16_goes_on_from_a_checkpoint_without_a_scale(make_trainer, tmp_path):
+    make_trainer("numpy", epochs=1).run()
+    trainer = make_trainer("torch", precision="float16", epochs=2)
+    trainer.resume()
+    assert trainer.run().step == 24
 
 
 def test_signals_are_given_back(make_trainer):
