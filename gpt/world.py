@@ -8,6 +8,13 @@ What is exchanged at every step goes through the process group (gloo on the CPU,
 longer than its timeout. A process that dies is noticed at once, because its connections close. While the first process
 does what takes as long as it takes, such as encoding a corpus or writing a checkpoint, the others wait in a group of
 their own, which has no limit.
+
+The store in which they find each other is torchrun's, and outlives them: processes that it starts anew, after a failure
+(--max-restarts), would find there what those before them wrote, addresses that nobody listens to any more. So the keys
+of each start begin with a name of its own, which all agree on first:
+
+    rank r > 0    hello/r = a fresh name, its own       waits for welcome/(its name) = g, then sets here/g/r
+    rank 0        welcomes whoever said hello, to a fresh g, until here/g/r is there for every r
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +46,8 @@ __all__ = [
     "launcher",
     "local_rank",
     "rank",
-    "restarted",
+    "remember",
+    "remembered",
     "same_on_all",
     "share",
     "size",
@@ -66,12 +75,14 @@ class LostContactError(UserError):
 class _Group(NamedTuple):
     """How this process speaks to the others."""
 
-    store: Any  # keys and values that outlive a process
+    store: Any  # keys and values that outlive a process, those of this start
+    name: str  # of this start
     patient: Any  # a process group without a time limit
     device: Any  # of what is sent
 
 
 _group: _Group | None = None
+_torchrun: Any = None  # the store with the keys of all starts
 
 
 def size() -> int:
@@ -99,9 +110,18 @@ def share(n: int) -> slice:
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def restarted() -> bool:
-    """Whether torchrun started these processes anew, after others that it had started had failed."""
-    return size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def remember(what: str) -> None:
+    """Leave word for processes that the same torchrun starts after these. Raises LostContactError."""
+    if size() > 1 and is_first():
+        _kept_store().set(f"twingrad/remembered/{what}", _started().name)
+
+
+def remembered(what: str, timeout: float = TIMEOUT) -> bool:
+    """Whether processes that the same torchrun started before these left this word. Raises LostContactError."""
+    if size() == 1:
+        return False
+    store, key = _kept_store(timeout), f"twingrad/remembered/{what}"
+    return store.check([key]) and store.get(key).decode() != (_group.name if _group else "")
 
 
 def launcher() -> str:
@@ -122,6 +142,7 @@ def start(timeout: float = TIMEOUT) -> None:
     require("torch", extra="torch")
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     limit = timedelta(seconds=timeout)
     device = torch.device("cpu")
@@ -135,11 +156,14 @@ def start(timeout: float = TIMEOUT) -> None:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "nccl"
     try:
-        dist.init_process_group(backend, store=_meet(timeout), rank=rank(), world_size=size(), timeout=limit)
+        store = _kept_store(timeout)
+        name = _name_this_start(store, timeout)
+        met = PrefixStore(f"twingrad/{name}/group", _meet(timeout))
+        dist.init_process_group(backend, store=met, rank=rank(), world_size=size(), timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
-    _group = _Group(_meet(timeout), patient, device)
+    _group = _Group(PrefixStore(f"twingrad/{name}", store), name, patient, device)
     atexit.register(_leave)
 
 
@@ -238,12 +262,13 @@ def _who_is_gone() -> str:
     living = {rank()}
     said: dict[int, str] = {}
     with contextlib.suppress(RuntimeError):  # the store may have been in the process that is gone
-        _group.store.set(f"twingrad/living/{rank()}", "yes")
+        _group.store.set(f"living/{rank()}", "yes")
         living, said = _others(_HEARD)
+    if said:  # what went wrong was said there, and is not to be said again
+        return f"rank {min(said)}: {said[min(said)]}"
     gone = [other for other in range(size()) if other not in living]
     named = " and ".join(f"rank {other}" for other in gone) or "the others"
-    words = "".join(f"; rank {other} said: {said[other]}" for other in gone if other in said)
-    return f"rank {min(living)}: lost contact with {named}{words}"
+    return f"rank {min(living)}: lost contact with {named}"
 
 
 def last_words(text: str) -> str | None:
@@ -255,13 +280,13 @@ def last_words(text: str) -> str | None:
     if speaker:  # all know who is to say it
         return text if int(speaker[1]) == rank() else None
     try:
-        store = _group.store if _group else _meet(_HEARD)
-        store.set(f"twingrad/error/{rank()}", text)
+        store = _group.store if _group else _before_the_start(_HEARD)
+        store.set(f"error/{rank()}", text)
         deadline = time.monotonic() + _HEARD
         before: list[int] = []
         while len(before) < rank() and time.monotonic() < deadline:
-            before = [other for other in range(rank()) if store.check([f"twingrad/error/{other}"])]
-            if any(store.get(f"twingrad/error/{other}").decode() == text for other in before):
+            before = [other for other in range(rank()) if store.check([f"error/{other}"])]
+            if any(store.get(f"error/{other}").decode().startswith(text) for other in before):  # or with a word more
                 return None
             time.sleep(0.02)
     except (RuntimeError, UserError):  # the store is gone too
@@ -280,9 +305,53 @@ def _meet(timeout: float) -> Any:
     require("torch", extra="torch")
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", rank(), size(), timeout=timedelta(seconds=timeout)))
+    try:
+        store, _, _ = next(rendezvous("env://", rank(), size(), timeout=timedelta(seconds=timeout)))
+    except (RuntimeError, ValueError) as error:
+        raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
     store.set_timeout(timedelta(seconds=timeout))
     return store
+
+
+def _kept_store(timeout: float = TIMEOUT) -> Any:
+    """This process's own connection, for as long as it lives: the store may be in this very process."""
+    global _torchrun
+    if _torchrun is None:
+        _torchrun = _meet(timeout)
+    return _torchrun
+
+
+def _before_the_start(timeout: float) -> Any:
+    """The store's keys of processes that have not agreed on a name, and will not."""
+    store = _kept_store(timeout)
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    return PrefixStore(f"twingrad/before/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _name_this_start(store: Any, timeout: float) -> str:
+    """What the keys of this start begin with, the same in all of its processes; see the module's docstring.
+
+    torchrun's count of restarts would not do: where there are several machines, each has another.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    missing = set(range(1, size())) if is_first() else {0}
+    if not is_first():
+        store.set(f"twingrad/hello/{rank()}", own)
+    while time.monotonic() < deadline:
+        if is_first():
+            for other in missing:
+                if store.check([f"twingrad/hello/{other}"]):  # whoever said it, now or at an earlier start
+                    store.set(f"twingrad/welcome/{store.get(f'twingrad/hello/{other}').decode()}", own)
+            missing = {other for other in missing if not store.check([f"twingrad/here/{own}/{other}"])}
+            if not missing:
+                return own
+        elif store.check([f"twingrad/welcome/{own}"]):
+            name = store.get(f"twingrad/welcome/{own}").decode()
+            store.set(f"twingrad/here/{name}/{rank()}", "yes")
+            return name
+        time.sleep(0.01)  # rather than wait in the store, where no Ctrl-C is heard
+    raise RuntimeError(f"nothing was heard of {' and '.join(f'rank {other}' for other in sorted(missing))}")
 
 
 def _others(seconds: float) -> tuple[set[int], dict[int, str]]:
@@ -290,11 +359,9 @@ def _others(seconds: float) -> tuple[set[int], dict[int, str]]:
     assert _group is not None
     store, deadline = _group.store, time.monotonic() + seconds
     while True:
-        living = {other for other in range(size()) if store.check([f"twingrad/living/{other}"])}
+        living = {other for other in range(size()) if store.check([f"living/{other}"])}
         said = {
-            other: store.get(f"twingrad/error/{other}").decode()
-            for other in range(size())
-            if store.check([f"twingrad/error/{other}"])
+            other: store.get(f"error/{other}").decode() for other in range(size()) if store.check([f"error/{other}"])
         }
         if len(living | said.keys()) == size() or time.monotonic() > deadline:
             return living, said

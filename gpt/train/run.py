@@ -93,8 +93,9 @@ def train(config: RunConfig, progress: Progress | None = None) -> Result:
 
 
 def again(config: Config) -> Config:
-    """The configuration, which is to be resumed where torchrun has started its processes anew (--max-restarts)."""
-    return replace(config, resume=True) if world.restarted() and Path(config.out, CONFIG).exists() else config
+    """The configuration; to be resumed where torchrun began this run itself, and now begins anew (--max-restarts)."""
+    begun = world.remembered(config.out, config.timeout) and Path(config.out, CONFIG).exists()
+    return replace(config, resume=True) if begun else config
 
 
 @contextlib.contextmanager
@@ -111,6 +112,7 @@ def shared(config: ModelConfig, command: str) -> Iterator[None]:
         world.start(config.timeout)
         world.same_on_all(to_dict(config), "options")
         world.together(lambda: check_folder(config))
+        world.remember(config.out)  # a folder that was refused is not, so that it is refused after a restart too
         yield
 
 
@@ -124,21 +126,23 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
     if config.resume and checkpoint.find_checkpoint(out, "last"):
         world.together(trainer.resume)
         progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
-    model = trainer.engine.config.to_dict()
-    world.same_on_all({"model": model, "data": data, "steps done": trainer.step}, "run")
+    model, tokens = trainer.engine.config.to_dict(), trainer.train_loader.state().get("data")
+    world.same_on_all({"model": model, "data": data, "tokens": tokens, "steps done": trainer.step}, "run")
     trainer.tracker = world.first(lambda: create_trackers(config.log_to, out, to_dict(config)))
-    draws = world.is_first()
     try:
         world.first(lambda: _write_config(config, out / CONFIG))
-        return trainer.run()
-    except RuntimeError:  # another process may be gone, which is to be said at once
-        draws = False
+        result = trainer.run()
+    except BaseException as error:
+        # A RuntimeError may be of another process that is gone, which is to be said at once.
+        if world.is_first() and not isinstance(error, RuntimeError):
+            with contextlib.suppress(Exception):  # on a full disk: what went wrong first is what is to be said
+                _plot(out, trainer.metrics)
         raise
     finally:
         if trainer.tracker:
             trainer.tracker.close()
-        if draws:
-            _plot(out, trainer.metrics)
+    world.first(lambda: _plot(out, trainer.metrics))
+    return result
 
 
 def _write_config(config: Any, path: Path) -> None:

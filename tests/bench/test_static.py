@@ -28,22 +28,23 @@ def compile_with_bench(*arguments):
 
 
 def test_real_kernels_compile_and_are_compared_with_what_they_were(tmp_path):
-    out = tmp_path / "static.json"
-    done = compile_with_bench("gelu", "--arch", "90", "--out", str(out))
+    before, out = tmp_path / "before.json", tmp_path / "static.json"
+    name = "gelu.forward_kernel gelu-tanh 64x64 bfloat16 sm_90"
+    known = {"registers": 1, "stack": 0, "shared": 0, "warps": 4, "resident": 8, "wide_share": 1.0}
+    before.write_text(json.dumps({"cases": {name: known, "gelu.forgotten_kernel": known}}))
+    done = compile_with_bench("gelu", "--arch", "90", "--out", str(out), "--against", str(before))
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads(out.read_text())["cases"]
-    case = cases["gelu.forward_kernel gelu-tanh 64x64 bfloat16 sm_90"]
+    case = cases[name]
     assert 16 <= case["registers"] <= 255
     assert case["stack"] == 0
     assert case["wide_share"] == 1.0
     assert case["resident"] >= 8
-    registers = case["registers"]
-    for record in cases.values():
-        record["registers"] += 1
-    out.write_text(json.dumps({"cases": cases}))
-    done = compile_with_bench("gelu", "--arch", "90", "--against", str(out))
-    line = f"registers {registers + 1} -> {registers}"
-    assert f"changed  gelu.forward_kernel gelu-tanh 64x64 bfloat16 sm_90: {line}" in done.stdout
+    lines = done.stdout.splitlines()
+    assert f"changed  {name}: registers 1 -> {case['registers']}" in lines
+    assert not [line for line in lines if line.startswith("changed") and ("stack" in line or "wide_share" in line)]
+    assert "gone  gelu.forgotten_kernel" in lines
+    assert {line for line in lines if line.startswith("new  ")} == {f"new  {other}" for other in cases if other != name}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What the processes of test_distributed do: `results` is done by torchrun's processes and by the test's own alone.
 
-torchrun ... distributed_worker.py results OUT.npz      every case's numbers, then what is refused, then a finetuning
+torchrun ... distributed_worker.py results OUT.npz      every case's numbers, then what is refused, then commands
 torchrun ... distributed_worker.py train PIDS ...       `twingrad train ...`, each rank's process id in the folder PIDS
 """
 
@@ -174,6 +174,9 @@ if __name__ == "__main__":
             np.array_equal(one[name], everyones[0][name]) for one in everyones for name in one if "state" not in name
         )
         np.savez(target, **parts, same=same)
-    for flags in arguments:  # commands, words apart by commas, of which all processes do the same; RANK is its number
-        status = main(flags.replace("RANK", str(world.rank())).split(","))
-        print(f"rank {world.rank()} ended with {status}", flush=True)
+    for flags in arguments:  # folder and command, words apart by commas; all processes do the same, RANK is its number
+        folder, *words = flags.replace("RANK", str(world.rank())).split(",")
+        os.chdir(folder)
+        status = main(words)
+        world.exchange(status)  # by now the first has said what it has to say
+        sys.stdout.write(f"rank {world.rank()} ended with {status}\n")  # at once: torchrun's Python keeps nothing back

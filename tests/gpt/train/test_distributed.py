@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt import world
 from gpt.cli import main
+from gpt.errors import UserError
+from gpt.train import run
 from gpt.train.checkpoint import load_checkpoint
+from gpt.train.config import RunConfig
 from gpt.train.log import read_log
+from gpt.train.run import again, shared
 from reference.config import GPTConfig
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -32,11 +37,12 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def torchrun(processes: int, *words: str) -> subprocess.Popen:
+def torchrun(processes: int, *words: str, restarts: int = 0) -> subprocess.Popen:
     """torchrun, each process with one thread; its standard output and error in one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--max-restarts", str(restarts)]
     port = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # any that is free
     return subprocess.Popen(
         [*command, *port, *words],
@@ -97,7 +103,8 @@ def assert_same_results(found: dict[str, np.ndarray], alone: dict[str, np.ndarra
 def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, text):
     """DDP and FSDP2, accumulation, batches of 5, 3 and 1, dropout on, PyTorch's operators and the kernels.
 
-    Then the same processes are given options that are not the same, a checkpoint of another model, and a finetuning.
+    Then the same processes are given what is not the same, options and texts; a checkpoint of another model; and a
+    finetuning.
     """
     out = tmp_path / "found.npz"
     spam = tmp_path / "spam.tsv"
@@ -108,7 +115,14 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
     differ = ["train", "--data", text, *SETTINGS, "--steps", "2", "--seed", "RANK", "--out", str(tmp_path / "differ")]
     kept = ["train", "--data", text, *SETTINGS, "--steps", "2", "--out", str(tmp_path / "kept")]
     again = [*kept, "--engine", "torch", "--resume", "--parallel", "fsdp"]
-    commands = [differ] if processes == 4 else [[*finetune, "--out", str(tmp_path / "tuned")], again]
+    for other in range(4):
+        (tmp_path / str(other)).mkdir()
+        (tmp_path / str(other) / "fox.txt").write_text(TEXT.replace("lazy", "busy") if other == 2 else TEXT)
+    texts = ["train", "--data", "fox.txt", *SETTINGS, "--steps", "2", "--out", "run"]
+    here = str(tmp_path)
+    commands = [[here, *finetune, "--out", str(tmp_path / "tuned")], [here, *again]]
+    if processes == 4:
+        commands = [[here, *differ], [f"{here}/RANK", *texts]]
     if processes == 2:
         assert main([*kept, "--engine", "numpy"]) == 0
         swap_model(tmp_path / "kept")
@@ -131,10 +145,17 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
     expected = ["no such file", *(f"rank {other}: no such file" for other in range(1, processes))]
     assert found["together"].tolist() == expected
     if processes == 4:
-        assert printed.count("error: ") == 1, printed
+        assert printed.count("error: ") == 2, printed
         assert "error: options: train.seed is 1 on rank 1, 0 on rank 0; all ranks need the same\n" in printed
         assert not (tmp_path / "differ").exists()
-        assert all(f"rank {other} ended with 2\n" in printed for other in range(4))
+        told = (
+            r"error: run: tokens is '1,950 tokens with checksum (\w+)' on rank 2, '1,950 tokens with checksum (\w+)' on"
+        )
+        found = re.search(told, printed)
+        assert found, printed
+        assert found[1] != found[2]
+        assert not list(tmp_path.glob("*/run"))
+        assert all(printed.count(f"rank {other} ended with 2\n") == 2 for other in range(4)), printed
         return
     assert printed.count("error: ") == 1, printed
     assert re.search(r"error: .*last-00000002: its model differs: n_layers 1, not 2\n", printed), printed
@@ -164,18 +185,23 @@ def swap_model(run_dir: Path) -> None:
 
 
 def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_path, text):
-    """Two ranks share the model in parts; one is killed. Four go on with the whole of it, until Ctrl-C; then NumPy."""
+    """Two ranks share the model in parts; one is killed, torchrun starts them anew, and again one is killed.
+
+    Four go on with the whole of it, until Ctrl-C; then NumPy; and the run is the one that nothing happened to.
+    """
     out = tmp_path / "run"
     words = ["--data", text, *SETTINGS, "--out", str(out)]
     endless = [*words, "--engine", "torch", "--steps", "100000"]
-    process = torchrun(2, WORKER, "train", str(tmp_path), *endless, "--parallel", "fsdp")
-    until(process, r"Step 000004\)")
+    process = torchrun(2, WORKER, "train", str(tmp_path), *endless, "--parallel", "fsdp", restarts=1)
+    printed = until(process, r"Step 000004\)")
     os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
-    printed, _ = process.communicate()
+    printed += until(process, r"Goes on after step (3|6) of 100000") + until(process, r"Train loss")
+    os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
+    printed += process.communicate()[0]
     assert process.returncode != 0
     told = [line for line in printed.splitlines() if line.startswith("error:")]
     go_on = f"torchrun --nproc_per_node 2 -m gpt train --config {out / 'config.yaml'} --resume"
-    assert told == [f"error: rank 0: lost contact with rank 1; go on with: {go_on}"], printed
+    assert told == 2 * [f"error: rank 0: lost contact with rank 1; go on with: {go_on}"], printed
     killed_at = load_checkpoint(out).state["step"]
     assert killed_at >= 3
     process = torchrun(4, "-m", "gpt", "train", *endless, "--resume")
@@ -203,3 +229,53 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
     logs = [read_log(folder) for folder in (out, tmp_path / "whole")]
     for column in ("step", "tokens", "lr", "loss", "train_loss", "val_loss"):
         np.testing.assert_allclose(logs[0][column], logs[1][column], rtol=1e-6, err_msg=column)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process as rank 1 of 2 that have met, with a store of its own."""
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    torch = pytest.importorskip("torch")
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(world, "_torchrun", store)
+    monkeypatch.setattr(world, "_group", world._Group(store, "this start", None, torch.device("cpu")))
+    monkeypatch.setattr(world, "_ignore_sigterm", lambda: None)
+    return store
+
+
+def test_what_ended_one_process_is_said_there_alone(second_of_two):
+    bug = "KeyError: 'a bug' (unexpected; TWINGRAD_TRACEBACK=1 in the environment shows where)"
+    second_of_two.set("error/0", bug)
+    with pytest.raises(world.LostContactError) as lost, world.contact(lambda: "; go on"):
+        raise RuntimeError("gloo: connection closed by peer")
+    assert str(lost.value) == f"rank 0: {bug}; go on"
+    assert world.last_words(str(lost.value)) is None
+    assert world.last_words("KeyError: 'a bug'") is None  # as it is told by world.together
+    assert world.last_words("something else") == "rank 1: something else"
+
+
+def test_only_a_run_that_torchrun_began_itself_is_resumed_by_itself(second_of_two, tmp_path, monkeypatch):
+    """With --max-restarts, a folder that was refused because it holds somebody's run is refused again."""
+    config = RunConfig(out=str(tmp_path))
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(world, "exchange", lambda value: [value, value])
+    with pytest.raises(UserError, match="already holds a run"), shared(config, ""):
+        pass
+    monkeypatch.setattr(world, "_group", None)  # another start
+    assert not again(config).resume
+    monkeypatch.setattr(world, "_group", world._Group(second_of_two, "other start", None, None))
+    monkeypatch.setattr(run, "check_folder", lambda config: None)
+    with shared(config, ""):
+        assert not again(config).resume  # it has just begun
+    monkeypatch.setattr(world, "_group", None)
+    assert again(config).resume
+    (tmp_path / "config.yaml").unlink()
+    assert not again(config).resume

@@ -16,12 +16,14 @@ from gpt import tokenizers
 from gpt.data import prepare
 from gpt.errors import UserError
 from gpt.options import from_dict, read_yaml, to_dict
+from gpt.train import run
 from gpt.train.checkpoint import find_checkpoint
 from gpt.train.config import LoaderConfig, OptimizerConfig, RunConfig, TrainConfig
 from gpt.train.log import read_log
 from gpt.train.plot import plot_losses
 from gpt.train.progress import Progress
 from gpt.train.run import load_corpus, train
+from gpt.train.trainer import Trainer
 from gpt.weights.load import load
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
@@ -177,6 +179,22 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(config, tmp_path)
     folder.rename(tmp_path / "moved")
     assert train(replace(config, resume=True), Heard()).step == 30
     assert read_log(tmp_path / "run")["step"].tolist() == list(range(30))
+
+
+def test_what_ends_a_run_is_said_where_no_plot_can_be_written_either(config, tmp_path, monkeypatch):
+    """On a full disk nothing can: the checkpoint is what the user must hear of."""
+
+    def fail(what):
+        raise UserError(f"cannot write {what}")
+
+    monkeypatch.setattr(Trainer, "_save", lambda trainer: fail("checkpoint"))
+    monkeypatch.setattr(run, "_plot", lambda out, metrics: fail("plot"))
+    with pytest.raises(UserError, match="cannot write checkpoint"):
+        train(config, Progress())
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "_plot", lambda out, metrics: fail("plot"))
+    with pytest.raises(UserError, match="cannot write plot"):
+        train(replace(config, resume=True), Progress())
 
 
 def test_both_engines_draw_one_curve(config, tmp_path):

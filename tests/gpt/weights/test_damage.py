@@ -133,7 +133,7 @@ def test_a_config_that_says_something_else(folder, data):
     assert_reads_or_says_why(folder)
 
 
-@FUZZ
+@settings(FUZZ, max_examples=300)
 @given(data=st.data())
 def test_a_tokenizer_that_says_something_else(tmp_path, data):
     letters = [bytes((value,)) for value in range(256)]
