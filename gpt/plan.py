@@ -2,7 +2,7 @@
 
     parameters P     gradients, of what learns      moments, two for each number that learns
     activations      what the forward pass keeps for the backward pass, layer by layer
-    beside them      what is being computed: gradients of the logits, of a block's tensors, a weight's before it is added
+    beside them      at work: gradients of the logits, of a block's tensors, a weight's until it is added
 
 A step's peak is the largest of a few moments, because activations go while gradients come:
 

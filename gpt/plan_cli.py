@@ -257,8 +257,8 @@ def _of_cpu(document: Mapping[str, Any], setup: Setup) -> Ceilings:
     if steps:
         example = min(steps, key=distance)
         reached = steps[example][1]
-    rates = (float(ceilings[name]) if name in ceilings else None for name in ("operations_per_s", "bytes_per_s"))
-    return Ceilings(f"{machine.get('processor')}, {machine.get('cores')} cores", *rates, reached, example)
+    rate, copy = (float(ceilings[name]) if name in ceilings else None for name in ("operations_per_s", "bytes_per_s"))
+    return Ceilings(f"{machine.get('processor')}, {machine.get('cores')} cores", rate, copy, reached, example)
 
 
 def _steps(cases: Mapping[str, Any], engine: str) -> Iterator[tuple[str, tuple[GPTConfig, float]]]:

@@ -74,7 +74,8 @@ def update(config: GPTConfig, trained: Collection[str] | None = None) -> Work:
 
 def _matrices(config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The weights that tokens are multiplied by; a tied head's by the embedding's name."""
-    found = {name: s for name, s in shapes.items() if len(s) == 2 and not name.endswith("_emb.weight")}
+    names = [name for name, shape in shapes.items() if len(shape) == 2 and not name.endswith("_emb.weight")]
+    found = {name: shapes[name] for name in names}
     if config.tie_embeddings:
         found["tok_emb.weight"] = shapes["tok_emb.weight"]
     return found
