@@ -144,8 +144,9 @@ def torch_peak(setup, monkeypatch):
         return torch.ones(x.shape, dtype=torch.bool)
 
     monkeypatch.setattr(ops, "_keep", ones)  # NumPy's masks have data
-    if setup.checkpoint_activations:
-        forward = modules.Block.forward
+    again = {"checkpoint_activations": True} if setup.checkpoint_activations else {}
+    if again and "checkpoint_activations" not in inspect.signature(modules.GPT).parameters:
+        again, forward = {}, modules.Block.forward
 
         def checkpointed(*args, **named):
             return checkpoint(forward, *args, use_reentrant=False, **named)
@@ -160,7 +161,7 @@ def torch_peak(setup, monkeypatch):
     torch.set_default_dtype(getattr(torch, setup.dtype))
     try:
         with FakeTensorMode(), Follow() as follow:
-            model = modules.GPT(setup.config, ops.choose(setup.engine))
+            model = modules.GPT(setup.config, ops.choose(setup.engine), **again)
             for name, p in model.named_parameters():
                 p.requires_grad_(name in setup.learns)
             learning = [p for p in model.parameters() if p.requires_grad]
@@ -240,7 +241,10 @@ def test_a_fused_loss_takes_what_was_planned(precision, monkeypatch):
         pytest.skip("PyTorch's set holds all logits yet")
     setup = Setup(GPTConfig(130_000, 1024, 96, 2, 4), 1, 1024, precision=precision)
     assert setup.fuses
-    assert_within(memory(setup).peak, torch_peak(setup, monkeypatch))
+    phases = memory(setup).phases
+    # Of an operator without data nothing is seen but its results: not the chunks of logits in its forward pass.
+    seen = max(size for phase, size in phases.items() if phase != "forward")
+    assert_within(seen, torch_peak(setup, monkeypatch))
 
 
 # What a plan must obey, whatever is planned.
