@@ -1,7 +1,5 @@
-"""How much work there is at least: operations that the mathematics asks for, and bytes that must go to and from memory.
-
-Of a product of (m, k) by (k, n): 2 m k n operations. Attention's two products of T queries with T keys count half,
-being causal. A backward pass has two products for each of the forward's, attention's five for its two.
+"""How much work a layer is at least, as gpt/work.py counts that of a whole model: operations that the mathematics asks
+for, and bytes that must go to and from memory.
 
 Bytes count each input read once and each result written once, in float32.
 """
@@ -10,45 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
-from reference.config import GPTConfig
+from gpt.work import FLOAT, Work, gradients, update
 
-FLOAT = 4
-
-
-class Work(NamedTuple):
-    """Of one pass."""
-
-    operations: float
-    bytes: float
-
-    def least_seconds(self, operations_per_s: float, bytes_per_s: float) -> float:
-        """What a machine of these ceilings takes at least: its roofline."""
-        return max(self.operations / operations_per_s, self.bytes / bytes_per_s)
-
-    @property
-    def intensity(self) -> float:
-        """Operations for each byte."""
-        return self.operations / self.bytes
-
-
-def gradients(config: GPTConfig, batch: int, length: int) -> Work:
-    """Forward and backward pass of a whole model. Bytes: each parameter read twice, each gradient written once."""
-    shapes = config.parameter_shapes()
-    matrices = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and not name.endswith("_emb.weight"))
-    if config.tie_embeddings:
-        matrices += config.vocab_size * config.emb_dim
-    tokens = batch * length
-    attention = 4 * batch * length**2 * config.n_heads * config.head_dim / 2 * config.n_layers
-    return Work(3 * 2 * matrices * tokens + 3.5 * attention, 3 * FLOAT * config.n_parameters)
-
-
-def update(config: GPTConfig) -> Work:
-    """Clipping and AdamW: the gradients are read for their norm, then parameters, gradients and two moments read, and
-    all but the gradients written. 2 operations an entry for the norm, 14 for the step.
-    """
-    return Work(16 * config.n_parameters, 8 * FLOAT * config.n_parameters)
+__all__ = ["FLOAT", "LAYERS", "Work", "gradients", "update"]
 
 
 def _linear(O: int, B: int, T: int, I: int) -> tuple[Work, Work]:  # noqa: E741

@@ -41,6 +41,14 @@ def train(argv: list[str]) -> int:
     return INTERRUPTED if result.interrupted else 0
 
 
+def plan(argv: list[str]) -> int:
+    """Say what training a model asks for before it is trained: memory, operations, time at least, what fits."""
+    from gpt.plan_cli import PlanConfig, plan
+
+    preset = [f"--preset={argv[0]}"] if argv and not argv[0].startswith("-") else []
+    return plan(parse_config(PlanConfig, [*preset, *argv[len(preset) :]], prog="twingrad plan"))
+
+
 def generate(argv: list[str]) -> None:
     """Continue a text with a model, trained here or loaded, on either engine."""
     from gpt.llm import GenerateConfig, generate
@@ -163,8 +171,8 @@ def version(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__: command
     for command in (
-        check, train, finetune, finetune_lora, finetune_full, generate, chat, classify, respond, evaluate, weights,
-        study, diverge, attention, data, tokenizer, doctor, demo, version,
+        check, plan, train, finetune, finetune_lora, finetune_full, generate, chat, classify, respond, evaluate,
+        weights, study, diverge, attention, data, tokenizer, doctor, demo, version,
     )
 }  # fmt: skip
 

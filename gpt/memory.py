@@ -1,13 +1,68 @@
-"""What glibc's allocator does with freed memory. On other systems these functions do nothing."""
+"""How much memory is free, how a lack of it shows, and what glibc's allocator does with what is freed.
+
+On systems without glibc the last functions do nothing.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-__all__ = ["keep_freed", "return_freed"]
+from gpt.errors import is_installed
+
+__all__ = ["free_bytes", "free_on_gpu", "is_lacking", "keep_freed", "return_freed"]
+
+# Of a container: its limit, what it uses, and how much of that is files in memory, which make room. Versions 2 and 1.
+_CGROUPS = (
+    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "sys/fs/cgroup/memory.stat"),
+    (
+        "sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+def free_bytes(root: str | Path = "/") -> int | None:
+    """What this machine can still give, or its container where that has less; None where the system does not tell."""
+    found = []
+    lines = _lines(Path(root, "proc/meminfo"))
+    found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for limit, usage, statistics in _CGROUPS:
+        allowed, used = ("".join(_lines(Path(root, name))).strip() for name in (limit, usage))
+        if allowed.isdigit() and used.isdigit():
+            files = [
+                int(line.split()[1]) for line in _lines(Path(root, statistics)) if line.startswith("inactive_file")
+            ]
+            found.append(max(0, int(allowed) - int(used) + sum(files)))
+    return min(found, default=None)
+
+
+def free_on_gpu() -> int | None:
+    """What the current GPU can still give; None where PyTorch is not installed or sees none."""
+    if not is_installed("torch"):
+        return None
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
+def is_lacking(error: BaseException) -> bool:
+    """Whether an error says that there was no memory: NumPy's, PyTorch's of the CPU, or of a GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 @cache

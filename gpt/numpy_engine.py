@@ -27,7 +27,7 @@ from reference.cache import Cache
 from reference.config import GPTConfig
 from reference.philox import PhiloxNoise
 
-LARGE = 1 << 26  # logits, 256 MiB of float32, beyond which they are made and used a part at a time
+LARGE = 1 << 26  # logits, 256 MiB of float32, beyond which they are made and used some at a time
 
 
 class NumpyEngine:
@@ -57,24 +57,27 @@ class NumpyEngine:
 
     def loss(self, batch: Examples) -> float:
         face.check_batch(batch, self.config)
+        fused = self._fuses(batch)
 
         def part(share: slice, turn: parts.Turn) -> float:
             own = batch.part(share)
-            return self._forward(own, keep=False)[0] * own.counted / max(1, batch.counted)
+            return self._forward(own, keep=False, fused=fused)[0] * own.counted / max(1, batch.counted)
 
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the loss
             return sum(parts.run(part, self._shares(batch)))
 
     def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
+        face.check_noise(noise, self._recompute)
         memory.keep_freed()
+        fused = self._fuses(batch)
 
         def part(share: slice, turn: parts.Turn) -> float:
             own, own_noise = batch.part(share), noise
             if isinstance(noise, PhiloxNoise):
                 own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + share.start)
             fraction = own.counted / max(1, batch.counted)
-            loss, backward = self._forward(own, own_noise)
+            loss, backward = self._forward(own, own_noise, fused=fused)
             if not np.isfinite(loss):
                 raise FloatingPointError(loss)
             backward(weight * fraction, turn)
@@ -94,25 +97,32 @@ class NumpyEngine:
             return [slice(0, batch.examples)]
         return parts.divide(batch.examples, math.prod(batch.shape) * self.config.emb_dim)
 
+    def _fuses(self, batch: Examples) -> bool:
+        """Whether no logits are to be kept: where they are large, and the head's gradients of the parts are not."""
+        tokens, head = math.prod(batch.shape), model.head_weight(self.config)
+        large = tokens * self.config.n_outputs > LARGE and tokens > 4 * self.config.emb_dim
+        learns = head in self._learns and not self.config.adapts("head")
+        return large and learns and not isinstance(batch, Preferences)
+
     def _forward(
-        self, batch: Examples, noise: Noise | None = None, keep: bool = True
+        self, batch: Examples, noise: Noise | None = None, keep: bool = True, fused: bool = False
     ) -> tuple[float, Callable[[float, parts.Turn], None]]:
         """The mean loss, and what adds the gradient of so many times it to the others."""
-        config, head = self.config, model.head_weight(self.config)
-        large = math.prod(batch.shape) * config.n_outputs > LARGE and not isinstance(batch, Preferences)
-        fused = large and not config.adapts("head") and (head in self._learns or not keep)
         y, saved = model.forward(
-            self._params, config, batch.inputs, noise, keep=keep, trained=self._learns,
+            self._params, self.config, batch.inputs, noise, keep=keep, trained=self._learns,
             targets=batch.targets if fused else None, recompute=self._recompute,
         )  # fmt: skip
         loss, saved_loss = (y, None) if fused else _loss(y, batch)
         del y
 
-        def backward(weight: float, turn: parts.Turn) -> None:
+        def gradient(weight: float) -> Any:
+            """Of the logits, which are free then, or of the loss itself."""
             nonlocal saved_loss
-            dy = weight if fused else _loss_gradient(weight, saved_loss, batch)
-            saved_loss = None
-            model.backward(dy, saved, self._grads, self._spare, turn=turn)
+            of_loss, saved_loss = saved_loss, None
+            return weight if fused else _loss_gradient(weight, of_loss, batch)
+
+        def backward(weight: float, turn: parts.Turn) -> None:
+            model.backward(gradient(weight), saved, self._grads, self._spare, turn=turn)
 
         return float(loss), backward
 

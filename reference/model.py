@@ -177,7 +177,7 @@ def first_trained(config: GPTConfig, trained: Collection[str] | None) -> int:
 
 
 def backward(
-    dy: np.ndarray | float,
+    dy: Any,
     saved: Any,
     grads: Arrays | None = None,
     spare: Arrays | None = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpt import tokenizers, world
+from gpt import memory, tokenizers, world
 from gpt.data import (
     Loader,
     RandomBatches,
@@ -32,9 +33,10 @@ from gpt.data.files import atomic_write
 from gpt.data.tokenfile import MAGIC, fingerprint
 from gpt.data.workers import cores
 from gpt.engine import STREAM_AGAIN, Engine, create_engine
-from gpt.errors import UserError
+from gpt.errors import UserError, is_installed
 from gpt.generate import Sampling, generate
 from gpt.options import did_you_mean, from_dict, read_yaml, to_dict, to_yaml
+from gpt.plan import Setup, require_memory
 from gpt.tokenizers import Tokenizer
 from gpt.train import checkpoint
 from gpt.train.config import LoaderConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -137,6 +139,12 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
         if world.is_first() and not isinstance(error, RuntimeError):
             with contextlib.suppress(Exception):  # on a full disk: what went wrong first is what is to be said
                 _plot(out, trainer.metrics)
+        if memory.is_lacking(error):
+            raise UserError(
+                f"memory: none is left after step {trainer.step} ({' '.join(str(error).split())}); a smaller "
+                "batch_size with as much more accumulation takes less, and so does checkpoint_activations "
+                "(see twingrad plan)"
+            ) from error
         raise
     finally:
         if trainer.tracker:
@@ -159,13 +167,14 @@ def build(config: RunConfig, progress: Progress | None = None) -> tuple[Trainer,
 
 def _make_trainer(config: RunConfig, saved: SavedModel | None, corpus: Corpus, progress: Progress | None) -> Trainer:
     model = model_config(config, corpus.tokenizer.n_vocab, saved)
-    generator = Generator(config.train.seed)
-    params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
     max_length = config.loader.max_length or model.context_length
     if max_length > model.context_length:
         raise UserError(
             f"max_length: expected at most the model's context_length {model.context_length}, got {max_length}"
         )
+    _check_memory(config, model, max_length)
+    generator = Generator(config.train.seed)
+    params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
     loaders = [
         _loader(config.loader, split, ids, max_length, generator, corpus.data)
         for split, ids in (("training", corpus.train_ids), ("validation", corpus.validation_ids))
@@ -181,6 +190,23 @@ def _make_trainer(config: RunConfig, saved: SavedModel | None, corpus: Corpus, p
         sample=_sampler(config, corpus),
         progress=progress,
     )
+
+
+def _check_memory(config: RunConfig, model: GPTConfig, length: int) -> None:
+    """UserError, before anything large is made, where a step would take more than is free (gpt/plan.py)."""
+    engine = config.engine if config.engine != "auto" else ("torch" if is_installed("torch") else "numpy")
+    memory.return_freed()  # of an earlier run in this process
+    on_gpu = memory.free_on_gpu() if engine != "numpy" else None
+    free: float | None = on_gpu
+    if on_gpu is None and (here := memory.free_bytes()) is not None:
+        free = here / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this machine share it
+    if free is not None:
+        setup = Setup(
+            model, config.loader.batch_size, length, engine, config.dtype, config.precision, config.optimizer.trained,
+            config.train.accumulation, world.size(), config.parallel,
+            config.checkpoint_activations, "cpu" if on_gpu is None else "cuda", cores(),
+        )  # fmt: skip
+        require_memory(setup, free)
 
 
 def make_engine(
