@@ -1,4 +1,4 @@
-"""python -m bench cpu | sweep | quality | layers | matmul | data | static | gpu | compare | report."""
+"""python -m bench COMMAND: measure, compare what was measured, write the page of it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (steps, grows):
         command.add_argument("--sessions", type=int, help="fresh processes of each contestant (default: 5; sweep: 3)")
         command.add_argument("--rounds", type=int, help="timed steps of each in a session (default: by the case)")
+    where = commands.add_parser("breakdown", help="where a NumPy training step's time goes, layer by layer")
+    where.add_argument("--steps", type=int, help="that are timed of each size (5)")
     learns = commands.add_parser("quality", help="one model trained to a fixed loss on every engine: do they coincide?")
     learns.add_argument("cases", nargs="*", metavar="CASE", help="small, tiny; both unless named")
     each = commands.add_parser("layers", help="every layer, forward and backward, of both engines (pytest-benchmark)")
@@ -40,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     encoding = commands.add_parser("data", help="preparing token files by several processes, against tiktoken alone")
     encoding.add_argument("--megabytes", type=float, help="of text (64)")
     encoding.add_argument("--rounds", type=int, help="of each (5)")
+    shared = commands.add_parser("distributed", help="training steps shared by processes, against one with all threads")
+    shared.add_argument("cases", nargs="*", metavar="CASE", help="bytes-small, gpt2-small; both unless named")
+    shared.add_argument("--processes", type=int, default=2, help="that share a step, and threads of the one (2)")
+    shared.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how they share it (ddp)")
+    shared.add_argument("--rounds", type=int, help="timed turns of each (default: by the case)")
     compiled = commands.add_parser("static", help="compile every kernel without a GPU: registers, spills, instructions")
     compiled.add_argument("layers", nargs="*", metavar="LAYER", help="layers or operators; all unless named")
     compiled.add_argument("--arch", type=int, action="append", choices=(80, 90, 100), help="of sm_80, sm_90, sm_100")
@@ -55,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu.add_argument("--tiny", action="store_true", help="sizes that try the benchmark itself, on any machine")
     on_gpu.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="also time this function, as operator --op")
     on_gpu.add_argument("--op", metavar="LAYER", help="the layer that --kernel computes")
-    for command in (steps, grows, learns, each, product, encoding, compiled, on_gpu):
+    for command in (steps, grows, where, learns, each, product, encoding, shared, compiled, on_gpu):
         command.add_argument("--out", type=Path, help="also write the results to this JSON file")
     against = commands.add_parser("compare", help="which differences between two results exceed the noise")
     against.add_argument("before", type=Path, metavar="A.json")
@@ -90,6 +97,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return sweep.main(arguments.axes, arguments.sessions, arguments.rounds, arguments.out)
 
 
+def _breakdown(arguments: argparse.Namespace) -> int:
+    from bench import breakdown
+
+    return breakdown.main(arguments.steps, arguments.out)
+
+
 def _quality(arguments: argparse.Namespace) -> int:
     from bench import quality
 
@@ -112,6 +125,13 @@ def _data(arguments: argparse.Namespace) -> int:
     from bench import data
 
     return data.main(arguments.megabytes, arguments.rounds, arguments.out)
+
+
+def _distributed(arguments: argparse.Namespace) -> int:
+    from bench import distributed
+
+    given = (getattr(arguments, name) for name in ("cases", "processes", "parallel", "rounds", "out"))
+    return distributed.main(*given)
 
 
 def _static(arguments: argparse.Namespace) -> int:
@@ -146,10 +166,12 @@ def _report(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "cpu": _cpu,
     "sweep": _sweep,
+    "breakdown": _breakdown,
     "quality": _quality,
     "layers": _layers,
     "matmul": _matmul,
     "data": _data,
+    "distributed": _distributed,
     "static": _static,
     "gpu": _gpu,
     "compare": _compare,

@@ -1,18 +1,19 @@
-"""python -m bench.distributed: a training step shared by processes of one thread each, against one with all threads.
+"""A training step shared by processes of one thread each, against one process with all threads.
 
 Both are PyTorch eager on this CPU and take the same steps (forward, backward, clip, AdamW) on the same batches, in
-turns, so that a machine that slows down slows both. A shared step ends when its last process ends. What counts is the
-median, over the rounds, of how many tokens a second the processes together do of those that the one does.
+turns of some steps in a row (see worker.in_a_row), so that a machine that slows down slows both. A shared step ends
+when its last process ends. What counts is the median, over the rounds, of how many tokens a second the processes
+together do of those that the one does.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import results
-from gpt.errors import UserError, require
+from bench.cpu import check_counts
+from gpt.errors import UserError, check_installed
 from reference.config import PRESETS
 
 TARGET = 0.9  # of the throughput of one process with as many threads
@@ -38,11 +40,12 @@ class Case:
     batch: int
     length: int
     rounds: int
+    steps: int  # in a row, after one that is not timed where there are several
 
 
 CASES = {
-    "bytes-small": Case("bytes-small", batch=16, length=128, rounds=51),
-    "gpt2-small": Case("gpt2-small", batch=4, length=256, rounds=11),
+    "bytes-small": Case("bytes-small", batch=16, length=128, rounds=15, steps=4),
+    "gpt2-small": Case("gpt2-small", batch=4, length=256, rounds=11, steps=1),
 }
 
 
@@ -64,7 +67,7 @@ class Workers:
         }
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "bench.distributed", "--worker", json.dumps([asdict(case), parallel])],
+                [sys.executable, "-m", "bench.distributed", json.dumps([asdict(case), parallel])],
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -75,7 +78,7 @@ class Workers:
         self.hear()
 
     def step(self) -> float:
-        """Have them take a step; the seconds until the last has."""
+        """Have them take their steps in a row; the seconds of one, of the process that took longest."""
         for process in self.processes:
             assert process.stdin
             print(file=process.stdin, flush=True)
@@ -146,46 +149,44 @@ def work(case: Case, parallel: str) -> None:
 
     print(step(0), flush=True)  # the first allocates memory, and connects the processes
     for number, _ in enumerate(sys.stdin):
-        print(step(number + 1), flush=True)
+        if case.steps > 1:
+            step(number)
+        print(median(step(number) for _ in range(case.steps)), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(names: Sequence[str], processes: int, parallel: str, rounds: int | None, out: Path | None) -> int:
     """Measure the cases named, or all, print the table and write JSON; 0 even where a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; all unless named")
-    parser.add_argument("--processes", type=int, default=2, help="how many share a step, and threads of the one (2)")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how they share it (ddp)")
-    parser.add_argument("--rounds", type=int, help="timed steps of each (default: by the case)")
-    parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
-    if given.worker:
-        case, parallel = json.loads(given.worker)
-        work(Case(**case), parallel)
-        return 0
-    try:
-        require("torch", extra="torch")
-        if unknown := [name for name in given.cases if name not in CASES]:
-            raise UserError(f"{unknown[0]!r} is not one of {', '.join(CASES)}")
-        for name in ("processes", "rounds"):
-            least = 2 if name == "processes" else 1
-            if getattr(given, name) is not None and getattr(given, name) < least:
-                raise UserError(f"{name}: expected at least {least}, got {getattr(given, name)}")
-        table = Table("case", "one, ms", f"{given.processes} processes, ms", "throughput", "quartiles", "target")
-        measured = {}
-        for name in given.cases or CASES:
-            found = measured[name] = measure(CASES[name], given.processes, given.parallel, given.rounds)
-            times = (f"{1e3 * median(found['seconds'][who]):.0f}" for who in ("one", "shared"))
-            low, high = found["throughput_ratio_quartiles"]
-            table.add_row(name, *times, f"{found['throughput_ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{TARGET:.2f}")
-        Console(width=100).print(table)
-        if given.out:
-            results.write(given.out, "distributed", measured)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_installed("torch", extra="torch")
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"{name!r} is not one of {', '.join(CASES)}")
+    if processes < 2:
+        raise UserError(f"processes: expected at least 2, got {processes}")
+    check_counts(None, rounds)
+    measured = {name: measure(CASES[name], processes, parallel, rounds) for name in names or CASES}
+    head, rows = rows_of(measured)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110).print(table)
+    if out:
+        results.write(out, "distributed", measured)
     return 0
 
 
+def rows_of(cases: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table: milliseconds of either, and the throughput of the processes as a part of that of the one."""
+    rows = []
+    for name, case in cases.items():
+        one, shared = (f"{1e3 * median(case['seconds'][who]):,.0f}" for who in ("one", "shared"))
+        low, high = case["throughput_ratio_quartiles"]
+        met = "met" if case["throughput_ratio"] >= case["throughput_target"] else "missed"
+        how = f"{case['processes']} processes ({case['parallel']})"
+        ratio = f"{case['throughput_ratio']:.2f} [{low:.2f}, {high:.2f}]"
+        rows.append([name, how, one, shared, ratio, f"{case['throughput_target']:.2f}: {met}"])
+    return ["case", "shared by", "one process, ms", "shared, ms", "throughput, shared / one", "at least"], rows
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    given, how = json.loads(sys.argv[1])  # what Workers asks for
+    work(Case(**given), how)

@@ -7,12 +7,12 @@ results of it says. The README's figures stand between two marks, and are made o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import pictures, results, sweep, work
+from bench import breakdown, data, distributed, pictures, results, sweep, work
 from bench.contest import ENGINES
 from gpt.data.files import atomic_write
 from gpt.errors import UserError
@@ -103,6 +103,15 @@ def main(folder: Path, check: bool) -> int:
 
 # The page.
 
+SHARED = (
+    "Two processes of one thread each, against one process of PyTorch eager with two threads, on the same batches\n"
+    "([distributed.py](distributed.py))."
+)
+PREPARING = (
+    "`twingrad data prepare` with GPT-2's tokenizer, from reading the text to the finished file, against tiktoken,\n"
+    "which encodes the same text in memory with one thread ([data.py](data.py))."
+)
+
 
 def page(found: Sequence[Result]) -> str:
     """RESULTS.md, whole."""
@@ -116,10 +125,13 @@ def page(found: Sequence[Result]) -> str:
         _finetuning(found),
         _generating(found),
         _roofline(found),
+        _breakdown(found),
         _growth(found),
         _quality(found),
         _layers(found),
         _products(found),
+        _tables(found, "distributed", "Steps shared by processes", SHARED, distributed.rows_of),
+        _tables(found, "data", "Preparing token files", PREPARING, data.rows_of),
         _kernels(found),
     ]
     return "\n".join(parts)
@@ -264,6 +276,31 @@ def config_of(settings: Mapping[str, Any]) -> GPTConfig:
     if "config" in settings:
         return GPTConfig.from_dict(settings["config"])
     return PRESETS[settings["preset"]].replace(**settings["changes"])
+
+
+def _breakdown(found: Sequence[Result]) -> str:
+    def lines() -> Iterator[str]:
+        yield (
+            "What each layer takes of a step of the NumPy engine, forward and backward, and what the step's products\n"
+            "would take at the rate of one large product, measured in the same run ([breakdown.py](breakdown.py))."
+        )
+        for one in _with(found, "breakdown"):
+            yield breakdown.summary(one.cases, one.document["ceilings"])
+            yield table(*breakdown.rows_of(one.cases, one.document["ceilings"]))
+
+    command = "breakdown --out bench/results/breakdown.json"
+    return _section("Where a NumPy step's time goes", _with(found, "breakdown"), lines(), command)
+
+
+def _tables(found: Sequence[Result], kind: str, title: str, words: str, rows_of: Callable[..., Any]) -> str:
+    """Results of a kind that are one table each."""
+
+    def lines() -> Iterator[str]:
+        yield words
+        for one in _with(found, kind):
+            yield table(*rows_of(one.cases))
+
+    return _section(title, _with(found, kind), lines(), f"{kind} --out bench/results/{kind}.json")
 
 
 def _growth(found: Sequence[Result]) -> str:

@@ -1,8 +1,8 @@
 """One contestant in a process of its own, so that its threads share the cores with nobody else's.
 
 Reads a case as JSON from standard input and answers with one JSON line when all is ready; then, for each line it
-reads, does the case's work once and answers with the seconds of it and of its parts. The end of the input ends it,
-with the peak of its memory.
+reads, does the case's work, for so long that what came before has passed, and answers with the seconds that it took
+once, and its parts. The end of the input ends it, with the peak of its memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +29,7 @@ from reference.torch_rng import Generator
 
 Work = Callable[[], dict[str, float]]
 LR, MAX_NORM = 1e-4, 1.0
+TURN = 0.4  # seconds
 
 
 def train(case: dict[str, Any]) -> Work:
@@ -188,6 +190,21 @@ def _model(case: dict[str, Any]) -> tuple[GPTConfig, dict[str, np.ndarray]]:
     return config, initialize(config, Generator(1), "gpt2")
 
 
+def in_a_row(work: Work) -> dict[str, float]:
+    """What the work takes where it is done again and again, as steps of training are: short work is repeated.
+
+    After a pause caches are cold and threads asleep, and those of the contestant before may still be waiting for work
+    on the core where this one's want to run; none of that belongs to a step.
+    """
+    first = work()
+    if first["seconds"] >= TURN:
+        return first
+    answers: list[dict[str, float]] = []
+    while sum(answer["seconds"] for answer in answers) < TURN:
+        answers.append(work())
+    return {part: median(answer[part] for answer in answers) for part in first}
+
+
 WORK = {"train": train, "generate": generate, "product": product, "copy": copy}
 
 
@@ -198,7 +215,7 @@ def main() -> None:
     first = work() if case.get("warm_up", True) else {}
     print(json.dumps(first), flush=True)
     for _ in sys.stdin:
-        print(json.dumps(work()), flush=True)
+        print(json.dumps(in_a_row(work)), flush=True)
     print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
 
 

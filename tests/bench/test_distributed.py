@@ -4,15 +4,17 @@ import json
 
 import pytest
 
+from bench import __main__ as bench
 from bench import distributed
 
 pytest.importorskip("torch")
 
 
 def test_shared_steps_are_timed_against_those_of_one_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(distributed.CASES, "bytes-tiny", distributed.Case("bytes-tiny", batch=2, length=16, rounds=3))
+    tiny = distributed.Case("bytes-tiny", batch=2, length=16, rounds=3, steps=2)
+    monkeypatch.setitem(distributed.CASES, "bytes-tiny", tiny)
     out = tmp_path / "distributed.json"
-    assert distributed.main(["bytes-tiny", "--rounds", "2", "--out", str(out)]) == 0
+    assert bench.main(["distributed", "bytes-tiny", "--rounds", "2", "--out", str(out)]) == 0
     document = json.loads(out.read_text())
     case = document["cases"]["bytes-tiny"]
     assert document["kind"] == "distributed"
@@ -30,5 +32,5 @@ def test_shared_steps_are_timed_against_those_of_one_process(tmp_path, monkeypat
     ],
 )
 def test_wrong_arguments_are_one_line(words, complaint, capsys):
-    assert distributed.main(words) == 2
+    assert bench.main(["distributed", *words]) == 2
     assert capsys.readouterr().err == f"error: {complaint}\n"
