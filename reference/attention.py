@@ -44,6 +44,7 @@ def forward(
     q = q.reshape(B, G, H // G, T, D) * q.dtype.type(scale)  # which has fewer entries than the scores
     k, v = k[:, :, None], v[:, :, None]  # (B, G, 1, S, D)
     p = np.empty((B, G, H // G, T, S), q.dtype)
+    p[..., : max(0, T - S), :] = 0  # where causal, what sees no key; the others are yet to be computed
     for rows, keys in _blocks(T, S, causal):
         np.matmul(q[..., rows, :], k[..., keys, :].swapaxes(-1, -2), out=p[..., rows, keys])
         p[..., rows, keys.stop :] = 0

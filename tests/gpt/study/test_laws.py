@@ -92,7 +92,7 @@ def test_turned_keys_have_a_bias_whose_gradient_is_not_0():
         ("layer norm without its variance term", ("final_norm", "dx along x-hat")),
         ("target off by one", ("loss", "<dy, J v>")),
         ("tied head counted once", ("tok_emb", "gradients of head and embedding added up")),
-        ("gradients of q and k not scaled", ("blocks.1.attn.heads", "<dy, J v>")),
+        ("gradient of q not scaled", ("blocks.1.attn.heads", "<dy, J v>")),
     ],
 )
 def test_a_mistake_breaks_a_law(defect, expected):
