@@ -28,7 +28,7 @@ def peers(layer: str, kernel: Function | None = None) -> dict[str, Function]:
         found["yours"] = kernel
     if layer == "attention":
         return found | {name: partial(_attention, backend) for name, backend in BACKENDS.items()}
-    eager = _dropout if layer == "dropout" else getattr(ops, layer)
+    eager = PLAIN.get(layer) or getattr(ops, layer)
     # Compiled afresh for each size: a function that has met eight of them is run eagerly, without an error.
     torch.compiler.reset()
     found |= {"torch": eager, "torch.compile": torch.compile(eager, dynamic=False, fullgraph=True)}
@@ -46,6 +46,14 @@ def _dropout(x: torch.Tensor, rate: float, noise: Any) -> torch.Tensor:
     """PyTorch's own, which draws other bits than `noise` says, and as many."""
     return torch.nn.functional.dropout(x, rate)
 
+
+def _head_and_loss(x: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, ignore: int) -> Any:
+    """All logits at once, as people write it; ours on PyTorch goes on in chunks where there are many."""
+    return ops.cross_entropy(torch.nn.functional.linear(x, weight, bias), targets, ignore)
+
+
+# Operators whose peer is not what gpt/ops.py has.
+PLAIN: dict[str, Function] = {"dropout": _dropout, "linear_cross_entropy": _head_and_loss}
 
 # PyTorch's implementations of attention, asked for by name: left alone, it takes the first that can.
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import page, pictures, results
+from bench import breakdown, page, pictures, results
 from bench.contest import summary
 from bench.process import Taken
 from bench.sweep import AXES
@@ -89,6 +89,17 @@ def folder(tmp_path):
     results.write(
         folder / "matmul.json", "matmul", {"64": case({"work": "product", "n": 64}, {"numpy": 1.0, "torch cpu": 2.0})}
     )
+    layers = dict.fromkeys((*breakdown.LAYERS, breakdown.OPTIMIZER, breakdown.REST), 0.1)
+    spent = {"settings": {}, "n": 1000, "threads": 2, "operations": 4e11, "seconds": {"step": 0.8, **layers}}
+    results.write(folder / "breakdown.json", "breakdown", {"parameters 1000": spent}, ceilings=ceilings)
+    shared = {
+        "seconds": {"one": [1.0, 1.2], "shared": [1.1, 1.3]}, "processes": 2, "parallel": "ddp",
+        "throughput_ratio": 0.915, "throughput_ratio_quartiles": [0.91, 0.92], "throughput_target": 0.9,
+    }  # fmt: skip
+    results.write(folder / "distributed.json", "distributed", {"gpt2-small": shared})
+    by_processes = {"2": {"bytes_per_s": 8e6, "share": 0.789, "share_quartiles": [0.7, 0.8]}}
+    prepared = {"text": {"tiktoken_bytes_per_s": 5e6, "processes": by_processes}}
+    results.write(folder / "data.json", "data", {"target": 0.8, "kinds": prepared})
     return folder
 
 
@@ -107,7 +118,11 @@ def test_a_page_has_each_kind_of_result_with_its_source(folder, capsys):
     assert "products 1,000 GFLOP/s, copies 100.0 GB/s" in text
     # 48,000 operations and 16 kB, which is nothing of a second.
     assert "| linear | backward | 0.00 | 0 | 0% | 0% |" in text
-    for name in ("cpu", "sweep", "quality", "layers", "matmul"):
+    assert "| 1,000 | 800.0 | 50% | 12% |" in text
+    assert "Matrix products at the machine's best rate would take 50% to 50% of a step" in text
+    assert "| gpt2-small | 2 processes (ddp) | 1,100 | 1,200 | 0.92 [0.91, 0.92] | 0.90: met |" in text
+    assert "| text | 2 | 5.0 | 8.0 | 0.79 [0.70, 0.80] | 0.80: missed |" in text
+    for name in ("cpu", "sweep", "quality", "layers", "matmul", "breakdown", "distributed", "data"):
         assert f"- [{name}.json](results/{name}.json): " in text
     for name in pictures.TITLES:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -156,8 +171,8 @@ def test_without_results_each_section_says_how_to_come_by_them(tmp_path):
     (tmp_path / "results").mkdir()
     assert bench.main(["report", "--results", str(tmp_path / "results")]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count("No results yet") == text.count("\n## ") == 9
-    assert text.count("They come by `python -m bench ") == 9
+    assert text.count("No results yet") == text.count("\n## ") == 12
+    assert text.count("They come by `python -m bench ") == 12
 
 
 def test_the_roofline_is_the_lower_of_two_ceilings(folder):
