@@ -7,7 +7,7 @@ results of it says. The README's figures stand between two marks, and are made o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -328,10 +328,22 @@ def _growth(found: Sequence[Result]) -> str:
                 f"NumPy / {LABELS[pair.partition(' / ')[2]]}" for pair in first["ratios"] if pair.startswith("numpy / ")
             ]
             yield table(("size", *heads), rows)
+            if told := "; ".join(_met(one.cases.values())):
+                yield f"NumPy's time is to be at most {told}."
         if picture := _picture(found, "growth"):
             yield picture
 
     return _section("Cost as the work grows", _with(found, "sweep"), lines(), "sweep --out bench/results/sweep.json")
+
+
+def _met(cases: Collection[Mapping[str, Any]]) -> Iterator[str]:
+    """Of each peer the target, and at how many of these sizes it is met."""
+    for pair, first in next(iter(cases))["ratios"].items():
+        if first["target"]:
+            ratios = [case["ratios"][pair] for case in cases]
+            met = sum(ratio["median"] <= ratio["target"] for ratio in ratios)
+            peer = LABELS[pair.partition(" / ")[2]]
+            yield f"{first['target']:.2f} of that of {peer}: met at {met} of {len(ratios)} sizes"
 
 
 def _quality(found: Sequence[Result]) -> str:

@@ -114,6 +114,7 @@ def test_a_page_has_each_kind_of_result_with_its_source(folder, capsys):
         r"\| tokens \| 128 to 4,096 tokens in a step, .* \| NumPy \| 1\.25 \+- 0\.00 \| 1\.25 \+- 0\.00 \|", text
     )
     assert re.search(r"\| length \| .* \| PyTorch \| 1\.50 \+- 0\.00", text)
+    assert "NumPy's time is to be at most 0.90 of that of PyTorch: met at 12 of 12 sizes." in text
     assert "| small | numpy | 1.8 | 3 | 1.7500000 | 1.5 |" in text
     assert "products 1,000 GFLOP/s, copies 100.0 GB/s" in text
     # 48,000 operations and 16 kB, which is nothing of a second.
