@@ -108,12 +108,13 @@ def main(names: Sequence[str], sessions: int | None, rounds: int | None, out: Pa
         if name not in AXES:
             raise UserError(f"{name!r} is not one of {', '.join(AXES)}")
     check_counts(sessions, rounds)
+    limits = ceilings.measure() if out else {}
     cases: dict[str, Any] = {}
     for name in names or AXES:
         cases |= measure(name, AXES[name], sessions or SESSIONS, rounds or ROUNDS)
+        if out:  # so that what ends it loses no more than one axis
+            results.write(out, "sweep", cases, ceilings=limits)
     show(cases)
-    if out:
-        results.write(out, "sweep", cases, ceilings=ceilings.measure())
     return 0
 
 
