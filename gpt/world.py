@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -62,6 +63,7 @@ _SPEAKER = re.compile(r"rank (\d+): ")
 
 TIMEOUT = 600.0  # seconds
 _PATIENCE = timedelta(days=7)
+_ERRORS = itertools.count()
 _HEARD = 3.0  # seconds in which the others say that they live, or what went wrong with them
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How PyTorch's backends say that a connection is gone or that nobody answers.
@@ -281,12 +283,16 @@ def last_words(text: str) -> str | None:
         return text if int(speaker[1]) == rank() else None
     try:
         store = _group.store if _group else _before_the_start(_HEARD)
+        number = next(_ERRORS)  # what was said of an earlier one, by a program that went on, is not of this
         store.set(f"error/{rank()}", text)
+        store.set(f"error/{rank()}/{number}", text)
         deadline = time.monotonic() + _HEARD
         before: list[int] = []
         while len(before) < rank() and time.monotonic() < deadline:
-            before = [other for other in range(rank()) if store.check([f"error/{other}"])]
-            if any(store.get(f"error/{other}").decode().startswith(text) for other in before):  # or with a word more
+            before = [other for other in range(rank()) if store.check([f"error/{other}/{number}"])]
+            if any(
+                store.get(f"error/{other}/{number}").decode().startswith(text) for other in before
+            ):  # or with a word more
                 return None
             time.sleep(0.02)
     except (RuntimeError, UserError):  # the store is gone too
