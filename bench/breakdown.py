@@ -19,11 +19,10 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from bench import ceilings, results
+from bench.contest import show_table
 from bench.sweep import AXES, Point
 from bench.work import gradients
 from gpt import parts
@@ -105,11 +104,7 @@ def main(steps: int | None, out: Path | None) -> int:
     with Progress(transient=True) as progress:
         for name, point in progress.track(POINTS.items(), description="steps"):
             cases[name] = measure(point, steps or STEPS)
-    head, rows = rows_of(cases, limits)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
+    show_table(*rows_of(cases, limits))
     if out:
         results.write(out, "breakdown", cases, ceilings=limits)
     return 0

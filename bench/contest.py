@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -57,6 +57,14 @@ def summary(
         numpy, torch = (contestants[engine]["peak_bytes"] for engine in ENGINES)
         document["memory_ratio"] = {"numpy / torch": numpy / torch, "target": memory_target}
     return document
+
+
+def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
 
 
 def show(name: str, measured: Mapping[str, Any]) -> None:

@@ -15,10 +15,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from bench import results
+from bench.contest import show_table
 from gpt import tokenizers
 from gpt.data import parts, prepare
 from gpt.data.catalogue import standard_library
@@ -91,11 +89,7 @@ def main(megabytes: float | None, rounds: int | None, out: Path | None) -> int:
     if megabytes <= 0 or rounds < 1:
         raise UserError(f"megabytes and rounds: expected more than 0, got {megabytes} and {rounds}")
     measured = measure(megabytes, rounds, sorted({1, cores()}))
-    head, rows = rows_of(measured)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table)
+    show_table(*rows_of(measured))
     if out:
         results.write(out, "data", measured)
     return 0

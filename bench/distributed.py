@@ -21,10 +21,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from bench import results
+from bench.contest import show_table
 from bench.cpu import check_counts
 from gpt.errors import UserError, check_installed
 from reference.config import PRESETS
@@ -164,11 +163,7 @@ def main(names: Sequence[str], processes: int, parallel: str, rounds: int | None
         raise UserError(f"processes: expected at least 2, got {processes}")
     check_counts(None, rounds)
     measured = {name: measure(CASES[name], processes, parallel, rounds) for name in names or CASES}
-    head, rows = rows_of(measured)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table)
+    show_table(*rows_of(measured))
     if out:
         results.write(out, "distributed", measured)
     return 0

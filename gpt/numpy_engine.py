@@ -88,6 +88,7 @@ class NumpyEngine:
                 return sum(parts.run(part, self._shares(batch, noise)))
         except FloatingPointError as error:
             loss = error.args[0]
+            self.forget_gradients()  # to which another part may have added its own
         raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
 
     def _shares(self, batch: Examples, noise: Noise | None = None) -> list[slice]:

@@ -290,9 +290,8 @@ def last_words(text: str) -> str | None:
         before: list[int] = []
         while len(before) < rank() and time.monotonic() < deadline:
             before = [other for other in range(rank()) if store.check([f"error/{other}/{number}"])]
-            if any(
-                store.get(f"error/{other}/{number}").decode().startswith(text) for other in before
-            ):  # or with a word more
+            said = (store.get(f"error/{other}/{number}").decode() for other in before)
+            if any(words.startswith(text) for words in said):  # or with a word more
                 return None
             time.sleep(0.02)
     except (RuntimeError, UserError):  # the store is gone too

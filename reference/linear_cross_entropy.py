@@ -43,10 +43,8 @@ def forward(
     return total / count, (dx.reshape(x.shape), dweight, dbias, count)
 
 
-def backward(
-    dloss: float, saved: Any, out: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """dloss, a scalar -> dx (..., C), dweight (V, C), dbias (V,) or None. `out`: dweight is written there."""
+def backward(dloss: float, saved: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """dloss, a scalar -> dx (..., C), dweight (V, C), dbias (V,) or None."""
     dx, dweight, dbias, count = saved
     factor = dloss / count
-    return dx * factor, np.multiply(dweight, factor, out=out), None if dbias is None else dbias * factor
+    return dx * factor, dweight * factor, None if dbias is None else dbias * factor

@@ -275,8 +275,8 @@ def backward(
 
     head = head_weight(config)
     if "loss" in saved:
-        out = None if head in grads else spare.pop(head, None)
-        dx, dweight, dbias = linear_cross_entropy.backward(dy, saved.pop("loss"), out)
+        spare.pop(head, None)  # its memory is free for the gradient, which this layer returns in a new array
+        dx, dweight, dbias = linear_cross_entropy.backward(dy, saved.pop("loss"))
         add(head, dweight)
         add("head.bias", dbias)
     else:
