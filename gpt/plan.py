@@ -586,6 +586,8 @@ def largest_batch(s: Setup, free: float) -> int:
         while step := step // 2:
             if rows + step <= MOST_ROWS and fits(rows + step):
                 rows += step
+        while rows < MOST_ROWS and fits(rows + 1):  # where the loss becomes fused on the way, more rows may take less
+            rows += 1
         return rows
 
     most = most_from(1) if fits(1) else 0
