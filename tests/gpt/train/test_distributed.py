@@ -1,5 +1,6 @@
 """Processes that torchrun starts take the steps of one process; what ends one of them ends all, and is said once."""
 
+import itertools
 import os
 import re
 import signal
@@ -250,9 +251,11 @@ def second_of_two(monkeypatch):
     return store
 
 
-def test_what_ended_one_process_is_said_there_alone(second_of_two):
+def test_what_ended_one_process_is_said_there_alone(second_of_two, monkeypatch):
+    monkeypatch.setattr(world, "_ERRORS", itertools.count())
     bug = "KeyError: 'a bug' (unexpected; TWINGRAD_TRACEBACK=1 in the environment shows where)"
-    second_of_two.set("error/0", bug)
+    for key in ("error/0", "error/0/0"):  # its latest, which is its first
+        second_of_two.set(key, bug)
     with pytest.raises(world.LostContactError) as lost, world.contact(lambda: "; go on"):
         raise RuntimeError("gloo: connection closed by peer")
     assert str(lost.value) == f"rank 0: {bug}; go on"
