@@ -25,8 +25,8 @@ from bench import ceilings, results
 from bench.contest import show_table
 from bench.sweep import AXES, Point
 from bench.work import gradients
-from gpt import parts
-from gpt.engine import Batch, OptimizerConfig, create_engine
+from gpt.engine import Batch, OptimizerConfig
+from gpt.numpy_engine import NumpyEngine
 from reference import attention, cross_entropy, embedding, gelu, layer_norm, linear
 from reference.init import initialize
 from reference.torch_rng import Generator
@@ -75,11 +75,11 @@ def measure(point: Point, steps: int = STEPS) -> dict[str, Any]:
     """Seconds of a step of this model, whole and by layer: medians."""
     config = point.config
     params = initialize(config, Generator(1), "gpt2")
-    engine = create_engine("numpy", config, params, OptimizerConfig())
+    engine = NumpyEngine(config, params, OptimizerConfig())
     del params
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (point.batch, point.length + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    threads = len(parts.divide(batch.examples, tokens[:, 1:].size * config.emb_dim))
+    threads = engine.threads(batch)
     taken: list[dict[str, float]] = []
     with timed() as seconds:
         for _ in range(steps + 2):  # the first ones ask for memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from gpt import memory, parts
 from gpt.engine import (
     IGNORE,
     Arrays,
+    Batch,
     Examples,
     Noise,
     NonFiniteError,
@@ -22,6 +24,7 @@ from gpt.engine import (
     TokenLogps,
     Trace,
 )
+from gpt.work import spans
 from reference import cross_entropy, dpo, model, optim, orpo, token_logps
 from reference.cache import Cache
 from reference.config import GPTConfig
@@ -59,12 +62,12 @@ class NumpyEngine:
         face.check_batch(batch, self.config)
         fused = self._fuses(batch)
 
-        def part(share: slice, turn: parts.Turn) -> float:
-            own = batch.part(share)
-            return self._forward(own, keep=False, fused=fused)[0] * own.counted / max(1, batch.counted)
+        def loss(part: parts.Part) -> float:
+            own = _share(batch, part.share)
+            return self._forward(own, part, keep=False, fused=fused)[0] * own.counted / max(1, batch.counted)
 
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the loss
-            return sum(parts.run(part, self._shares(batch)))
+            return sum(parts.run(loss, self._shares(batch)))
 
     def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
@@ -72,31 +75,37 @@ class NumpyEngine:
         memory.keep_freed()
         fused = self._fuses(batch)
 
-        def part(share: slice, turn: parts.Turn) -> float:
-            own, own_noise = batch.part(share), noise
+        def learn(part: parts.Part) -> float:
+            own, own_noise = _share(batch, part.share), noise
             if isinstance(noise, PhiloxNoise):
-                own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + share.start)
+                own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + part.share.examples.start)
             fraction = own.counted / max(1, batch.counted)
-            loss, backward = self._forward(own, own_noise, fused=fused)
+            loss, backward = self._forward(own, part, own_noise, fused=fused)
             if not np.isfinite(loss):
                 raise FloatingPointError(loss)
-            backward(weight * fraction, turn)
+            backward(weight * fraction)
             return loss * fraction
 
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                return sum(parts.run(part, self._shares(batch, noise)))
+                return sum(parts.run(learn, self._shares(batch, noise)))
         except FloatingPointError as error:
             loss = error.args[0]
             self.forget_gradients()  # to which another part may have added its own
         raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
 
-    def _shares(self, batch: Examples, noise: Noise | None = None) -> list[slice]:
-        """The examples of each part. Masks of a stream, and those of pairs, are for all of them together."""
-        divisible = noise is None or (isinstance(noise, PhiloxNoise) and not isinstance(batch, Preferences))
-        if not divisible:
-            return [slice(0, batch.examples)]
-        return parts.divide(batch.examples, math.prod(batch.shape) * self.config.emb_dim)
+    def threads(self, batch: Examples) -> int:
+        """How many compute this batch at once, without dropout."""
+        return len(self._shares(batch))
+
+    def _shares(self, batch: Examples, noise: Noise | None = None) -> list[parts.Share]:
+        """What each part has. Masks of a stream, and those of pairs, are for all examples together."""
+        drops, pairs = noise is not None and self.config.drops, isinstance(batch, Preferences)
+        if drops and (pairs or not isinstance(noise, PhiloxNoise)):
+            return [parts.Share(slice(0, batch.examples))]
+        whole = drops or pairs or self._recompute
+        split = parts.whole if whole else partial(spans, self.config, batch.shape[1])
+        return parts.divide(batch.examples, math.prod(batch.shape) * self.config.emb_dim, split)
 
     def _fuses(self, batch: Examples) -> bool:
         """Whether no logits are to be kept: where they are large, and the head's gradients of the parts are not."""
@@ -106,12 +115,12 @@ class NumpyEngine:
         return large and learns and not isinstance(batch, Preferences)
 
     def _forward(
-        self, batch: Examples, noise: Noise | None = None, keep: bool = True, fused: bool = False
-    ) -> tuple[float, Callable[[float, parts.Turn], None]]:
+        self, batch: Examples, part: parts.Part, noise: Noise | None = None, keep: bool = True, fused: bool = False
+    ) -> tuple[float, Callable[[float], None]]:
         """The mean loss, and what adds the gradient of so many times it to the others."""
         y, saved = model.forward(
             self._params, self.config, batch.inputs, noise, keep=keep, trained=self._learns,
-            targets=batch.targets if fused else None, recompute=self._recompute,
+            targets=batch.targets if fused else None, recompute=self._recompute, span=part,
         )  # fmt: skip
         loss, saved_loss = (y, None) if fused else _loss(y, batch)
         del y
@@ -122,8 +131,8 @@ class NumpyEngine:
             of_loss, saved_loss = saved_loss, None
             return weight if fused else _loss_gradient(weight, of_loss, batch)
 
-        def backward(weight: float, turn: parts.Turn) -> None:
-            model.backward(gradient(weight), saved, self._grads, self._spare, turn=turn)
+        def backward(weight: float) -> None:
+            model.backward(gradient(weight), saved, self._grads, self._spare, turn=part.turn)
 
         return float(loss), backward
 
@@ -194,6 +203,11 @@ class NumpyEngine:
         loss, saved_loss = _loss(logits, batch)
         trace("loss", np.asarray(loss))
         model.backward(_loss_gradient(1.0, saved_loss, batch), saved, trace=trace)
+
+
+def _share(batch: Examples, share: parts.Share) -> Examples:
+    own = batch.part(share.examples)
+    return Batch(own.inputs[:, share.positions], own.targets[:, share.positions]) if isinstance(own, Batch) else own
 
 
 def _loss(logits: np.ndarray, batch: Examples) -> tuple[np.floating, Any]:

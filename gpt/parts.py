@@ -1,52 +1,120 @@
 """A batch in parts, one for each core: how the NumPy engine keeps several cores busy.
 
-    loss of a batch    sum_p  (n_p / n) loss_p          n_p: what counts in the mean in the texts of part p, n: in all
+    loss of a batch    sum_p  (n_p / n) loss_p          n_p: what counts in the mean in part p, n: in all
     its gradient       sum_p  (n_p / n) dloss_p
 
 A matrix library can divide each product among its threads, but then all else waits for one of them, and threads that
 come and go at every operation cost more than most operations do. So each part goes through the whole forward and
 backward pass in a thread of its own, every product computed by one thread, and what it works on stays in its core's
-cache. Parts meet only where gradients add up, always in the same order, so that the sums come out the same.
+cache. Parts meet where gradients add up, always in the same order, so that the sums come out the same.
+
+A part is some of the texts. Where there are more cores than texts it is some positions of them, a span; in the notation
+of reference/attention.py, of a text's spans 1, 2, ...:
+
+    forward    K_s = [K_(s-1), k_s]                  the keys that span s sees: all up to its end; V_s likewise
+    backward   dK_s = its attention's dK + [dK_(s+1) up to here]      dk_s = the end of dK_s, the rest goes to span s-1
+
+Forward an early span is ahead, backward a late one, so that they wait for each other at the two ends only.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["Turn", "divide", "run"]
+__all__ = ["Part", "Share", "divide", "run"]
 
 Result = TypeVar("Result")
-Turn = Callable[[str], AbstractContextManager[Any]]  # within it, a part alone has the sum of this name
 LEAST = 1 << 15  # entries of a hidden state in a part: where operations are shorter, threads only wait for each other
 
 
-def divide(examples: int, entries: int) -> list[slice]:
-    """Which of the examples each part has; `entries`: of a hidden state (B, T, C) of all. Shares differ by one."""
-    parts = max(1, min(_threads(), examples, entries // LEAST))
-    return [slice(examples * part // parts, examples * (part + 1) // parts) for part in range(parts)]
+class Share(NamedTuple):
+    """What a part has: some of the examples, and of these some positions, of a text's last span to None."""
+
+    examples: slice
+    positions: slice = slice(0, None)
 
 
-def run(work: Callable[[slice, Turn], Result], shares: Sequence[slice]) -> list[Result]:
-    """What `work(share, turn)` gives for each share, all at once. An error of one part ends all, and is raised."""
+def whole(spans: int) -> list[slice]:
+    """The positions of texts that are not divided into spans."""
+    return [slice(0, None)]
+
+
+def divide(examples: int, entries: int, split: Callable[[int], list[slice]] = whole) -> list[Share]:
+    """Which of the examples each part has; `entries`: of a hidden state (B, T, C) of all. Shares differ by one.
+
+    `split(n)`: the positions of n spans of each text, in order, for cores beyond one for each example.
+    """
+    parts = max(1, min(_threads(), entries // LEAST))
+    groups = min(parts, examples)
+    texts = [slice(examples * group // groups, examples * (group + 1) // groups) for group in range(groups)]
+    spans = split(parts // groups)[::-1]  # backward the last is first
+    return [Share(of, positions) for of in texts for positions in spans]
+
+
+class Part:
+    """What has a share, and meets the others."""
+
+    def __init__(self, share: Share, number: int, meeting: _Meeting) -> None:
+        self.share, self._number, self._meeting = share, number, meeting
+        self.start, self._stop = share.positions.start, share.positions.stop
+        self._turns = Counter[str]()
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Within it, this part alone has the sum of this name: one part after another has, and then the first again."""
+        due = self._turns[name] * self._meeting.parts + self._number
+        self._turns[name] += 1
+        if due:
+            self._meeting.take((name, due))
+        yield
+        self._meeting.give((name, due + 1), None)
+
+    def join(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """k and v (B, G, T, D) of these positions -> of all the text's up to here, (B, G, start + T, D)."""
+        if self.start:
+            before = self._meeting.take(self._border("k, v", layer, self.start))
+            k, v = (np.concatenate(pair, axis=2) for pair in zip(before, (k, v), strict=True))
+        if self._stop is not None:
+            self._meeting.give(self._border("k, v", layer, self._stop), (k, v))
+        return k, v
+
+    def part(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """dk and dv (B, G, start + T, D) of what `join` gave -> of what it was given, (B, G, T, D)."""
+        if self._stop is not None:
+            for own, later in zip((dk, dv), self._meeting.take(self._border("dk, dv", layer, self._stop)), strict=True):
+                own += later
+        if self.start:
+            before = dk[:, :, : self.start], dv[:, :, : self.start]
+            self._meeting.give(self._border("dk, dv", layer, self.start), before)
+        return dk[:, :, self.start :], dv[:, :, self.start :]
+
+    def _border(self, what: str, layer: int, position: int) -> Hashable:
+        """The name of what goes over the border between two spans of these texts."""
+        return what, layer, self.share.examples.start, position
+
+
+def run(work: Callable[[Part], Result], shares: Sequence[Share]) -> list[Result]:
+    """What `work(part)` gives for each share, all at once. An error of one part ends all, and is raised."""
     if len(shares) == 1:
-        return [work(shares[0], lambda name: nullcontext())]
-    turns, errors = _Turns(len(shares)), list[BaseException]()
+        return [work(Part(shares[0], 0, _Meeting(1)))]
+    meeting, errors = _Meeting(len(shares)), list[BaseException]()
 
-    def carry_out(part: int) -> Any:
+    def carry_out(number: int) -> Any:
         try:
-            return work(shares[part], turns.of(part))
+            return work(Part(shares[number], number, meeting))
         except BaseException as error:
             errors.append(error)  # the first is why the others end
-            turns.end()
+            meeting.end()
 
     # Each in a copy of the caller's context, so that its np.errstate holds there too.
     contexts = [copy_context() for _ in shares]
@@ -58,35 +126,31 @@ def run(work: Callable[[slice, Turn], Result], shares: Sequence[slice]) -> list[
     return results
 
 
-class _Turns:
-    """The order in which parts add to sums: to each, one part after another, and then the first again."""
+class _Meeting:
+    """Where parts leave things for each other under names, of which each is given once and taken once."""
 
     def __init__(self, parts: int) -> None:
-        self.parts, self.taken = parts, Counter[str]()
-        self.changed, self.ended = threading.Condition(), False
+        self.parts = parts
+        self._things: dict[Hashable, Any] = {}
+        self._changed, self._ended = threading.Condition(), False
 
-    def of(self, part: int) -> Turn:
-        own = Counter[str]()
+    def give(self, name: Hashable, thing: Any) -> None:
+        with self._changed:
+            self._things[name] = thing
+            self._changed.notify_all()
 
-        @contextmanager
-        def turn(name: str) -> Iterator[None]:
-            due = own[name] * self.parts + part
-            own[name] += 1
-            with self.changed:
-                self.changed.wait_for(lambda: self.ended or self.taken[name] == due)
-                if self.ended:
-                    raise RuntimeError("another part of the batch failed")
-            yield
-            with self.changed:
-                self.taken[name] += 1
-                self.changed.notify_all()
-
-        return turn
+    def take(self, name: Hashable) -> Any:
+        """Waits until it is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or name in self._things)
+            if self._ended:
+                raise RuntimeError("another part of the batch failed")
+            return self._things.pop(name)
 
     def end(self) -> None:
-        with self.changed:
-            self.ended = True
-            self.changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
 
 @cache

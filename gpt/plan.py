@@ -30,9 +30,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from gpt import parts
 from gpt.engine import trained_names
 from gpt.errors import UserError
-from reference import linear_cross_entropy
+from gpt.work import spans
+from reference import attention, linear_cross_entropy, pieces
 from reference.config import GPTConfig
 from reference.model import first_trained
 
@@ -117,8 +119,12 @@ class Setup:
 
     @property
     def parts(self) -> int:
-        """Into how many parts a batch is divided."""
-        return min(self.cores, self.rows) if self.engine == "numpy" else 1
+        """Into how many parts a batch is divided, gpt/parts.py."""
+        if self.engine != "numpy":
+            return 1
+        most = max(1, min(self.cores, self.rows * self.length * self.config.emb_dim // parts.LEAST))
+        texts = min(most, self.rows)
+        return texts if self.config.drops or self.checkpoint_activations else most // texts * texts
 
     def count(self, names: Iterable[str]) -> int:
         """How many numbers these parameters have."""
@@ -182,11 +188,13 @@ def numpy_attention(s: Setup) -> Terms:
     """reference/attention.py: q, k, v, the probabilities, and what dropout left of them; the heads' result."""
     B, T, H, G, D = s.rows, s.length, s.config.n_heads, s.config.n_kv_heads, s.config.head_dim
     yield Term("attention", "q", (B, H, T, D), s.item)
-    yield Term("attention", "k", (B, G, T, D), s.item)
-    yield Term("attention", "v", (B, G, T, D), s.item)
-    yield Term("attention", "p", (B, H, T, T), s.item)
+    seen = sum(T if span.stop is None else span.stop for span in spans(s.config, T, max(1, s.parts // B)))
+    scores = sum((rows.stop - rows.start) * keys.stop for *_, rows, keys in attention.blocks((1, 1, 1, T, T), True))
+    yield Term("attention", "k", (B, G, seen, D), s.item)  # of each span those before it as well
+    yield Term("attention", "v", (B, G, seen, D), s.item)
+    yield Term("attention", "p", (B, H, scores), s.item)
     if s.config.attn_dropout:
-        yield Term("attention", "dropped p", (B, H, T, T), s.item)
+        yield Term("attention", "dropped p", (B, H, scores), s.item)
         yield Term("dropout masks", "of p", (B, H, T, T), 1)
     yield Term("attention", "y, the output projection's input", (B, T, H, D), s.item)
 
@@ -478,7 +486,8 @@ def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:
 
     In the MLP: of the shortcut (B, T, C), the branch's result (B, T, C), and its hidden entries (B, T, M), before and
     after the activation, of two where it is gated. In attention: of the shortcut, the heads (B, H, T, D), q, k and v,
-    and where scores exist of p (B, H, T, T), in PyTorch with and without dropout and before the softmax. If layers free
+    and where scores exist of p (B, H, T, T), in PyTorch with and without dropout and before the softmax, in NumPy of a
+    block of them. If layers free
     what they kept (`frees`), the down projection's input is gone by then, and in attention all that the MLP kept; and
     with autograd shortcut and branch have one gradient, if it is of one type.
     """
@@ -492,10 +501,13 @@ def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:
     # An adapter's backward pass comes after it, with a gradient of its own; what was computed again goes later.
     if frees and not s.config.adapts("down") and not (s.checkpoint_activations and s.engine != "numpy"):
         mlp -= sum(term.bytes for term in block if _of_down(term))
-    scores = {"numpy": 1, "torch": 3, "triton": 0}[s.engine] if s.engine == "numpy" or written_out(s) else 0
-    attention = streams + B * T * (2 * H + 2 * G) * D * s.low + scores * B * H * T * T * s.low
+    if s.engine == "numpy":  # of a block, in each part
+        scores = s.parts * min(B * H * T * T, max(pieces.PIECE, H // G * attention.BLOCK * T))
+    else:
+        scores = 3 * B * H * T * T * (s.engine == "torch" and written_out(s))
+    heads = streams + (B * T * (2 * H + 2 * G) * D + scores) * s.low
     gone = sum(term.bytes for term in block if term.kind == "MLP") if frees else 0
-    return max(mlp, attention - gone)
+    return max(mlp, heads - gone)
 
 
 def _of_down(term: Term) -> bool:

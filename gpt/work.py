@@ -11,13 +11,15 @@ Bytes count each number read once and each result written once, in float32.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection
+from functools import lru_cache
 from typing import NamedTuple
 
 from reference.config import GPTConfig
 from reference.model import first_trained
 
-__all__ = ["FLOAT", "Work", "gradients", "update"]
+__all__ = ["FLOAT", "Work", "gradients", "spans", "update"]
 
 FLOAT = 4
 
@@ -61,6 +63,20 @@ def gradients(
     operations += attention * (config.n_layers + (2.5 + recomputed) * differentiated)
     learning = sum(math.prod(shapes[name]) for name in learns)
     return Work(operations, FLOAT * (2 * config.n_parameters + learning))
+
+
+@lru_cache
+def spans(config: GPTConfig, length: int, number: int) -> list[slice]:
+    """So many runs of a text's positions, fewer of a short text. Of the same work: later ones see more and are shorter.
+
+    The last ends with None.
+    """
+
+    def work(positions: int) -> float:
+        return gradients(config, 1, positions).operations
+
+    borders = sorted({bisect_left(range(length - 1), n / number * work(length), key=work) for n in range(number)})
+    return [slice(*border) for border in zip(borders, [*borders[1:], None], strict=True)]
 
 
 def update(config: GPTConfig, trained: Collection[str] | None = None) -> Work:

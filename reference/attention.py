@@ -43,68 +43,72 @@ def forward(
     scale = 1 / math.sqrt(D) if scale is None else scale
     q = q.reshape(B, G, H // G, T, D) * q.dtype.type(scale)  # which has fewer entries than the scores
     k, v = k[:, :, None], v[:, :, None]  # (B, G, 1, S, D)
-    p = np.empty((B, G, H // G, T, S), q.dtype)
-    p[..., : max(0, T - S), :] = 0  # where causal, what sees no key; the others are yet to be computed
-    for rows, keys in _blocks(T, S, causal):
-        np.matmul(q[..., rows, :], k[..., keys, :].swapaxes(-1, -2), out=p[..., rows, keys])
-        p[..., rows, keys.stop :] = 0
-        future = np.arange(keys.stop) > np.arange(rows.start, rows.stop)[:, None] + S - T if causal else None
-        pieces.run(lambda s, future=future: _softmax(s, future), p.reshape(B * H, T, S)[:, rows, keys])
-    dropped, keep = p, None
+    keep = None
     if rate and noise is not None:
-        keep = philox.keep_mask(noise, (B, H, T, S), rate).reshape(p.shape)
-        dropped = p * keep
-        dropped *= 1 / (1 - rate)
+        keep = philox.keep_mask(noise, (B, H, T, S), rate).reshape(B, G, H // G, T, S)
     y = np.zeros((B, T, G, H // G, D), q.dtype).transpose(0, 2, 3, 1, 4)  # in this order, joining heads needs no copy
-    for rows, keys in _blocks(T, S, causal):
-        np.matmul(dropped[..., rows, keys], v[..., keys, :], out=y[..., rows, :])
-    return y.reshape(B, H, T, D), (q, k, v, p, dropped, keep, scale, rate, causal)
+    saved = []
+    for texts, heads, rows, keys in blocks((B, G, H // G, T, S), causal):
+        s = np.matmul(q[texts, heads, :, rows], k[texts, heads, :, keys].swapaxes(-1, -2))
+        if causal:
+            last = slice(max(0, S - T + rows.start), keys.stop)  # keys that not all of these queries see
+            future = np.arange(last.start, last.stop) > np.arange(rows.start, rows.stop)[:, None] + S - T
+            np.copyto(s[..., last], -np.inf, where=future)
+        s -= np.maximum(s.max(axis=-1, keepdims=True), np.finfo(s.dtype).min)
+        p = np.exp(s, out=s)
+        p /= np.maximum(p.sum(axis=-1, keepdims=True), np.finfo(p.dtype).tiny)
+        dropped, kept = p, None
+        if keep is not None:
+            kept = keep[texts, heads, :, rows, keys]
+            dropped = p * kept
+            dropped *= 1 / (1 - rate)
+        np.matmul(dropped, v[texts, heads, :, keys], out=y[texts, heads, :, rows])
+        saved.append(((texts, heads, rows, keys), p, dropped, kept))
+    return y.reshape(B, H, T, D), (q, k, v, saved, scale, rate)
 
 
 def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """dy (B, H, T, D) -> dq (B, H, T, D), dk (B, G, S, D), dv (B, G, S, D)."""
-    q, k, v, p, dropped, keep, scale, rate, causal = saved
+    q, k, v, saved, scale, rate = saved
     B, G, R, T, D = q.shape
     S = k.shape[3]
     dy = dy.reshape(q.shape)
-    dp, dq = np.empty_like(p), np.zeros_like(q)
-    dk, dv = np.empty((2, B, S, G, R, D), q.dtype).transpose(0, 1, 3, 4, 2, 5)  # splitting heads again needs no copy
-
-    def softmax_backward(p: np.ndarray, dp: np.ndarray, *keep: np.ndarray) -> None:
-        if keep:
-            dp *= keep[0]
+    dq = np.zeros_like(q)
+    dk, dv = np.zeros((2, B, S, G, R, D), q.dtype).transpose(0, 1, 3, 4, 2, 5)  # splitting heads again needs no copy
+    for (texts, heads, rows, keys), p, dropped, kept in saved:
+        dv[texts, heads, :, keys] += np.matmul(dropped.swapaxes(-1, -2), dy[texts, heads, :, rows])
+        dp = np.matmul(dy[texts, heads, :, rows], v[texts, heads, :, keys].swapaxes(-1, -2))
+        if kept is not None:
+            dp *= kept
             dp *= 1 / (1 - rate)
-        dp -= np.einsum("hts,hts->ht", dp, p)[..., None]
-        dp *= p
-
-    for rows, keys in _blocks(T, S, causal):
-        np.matmul(dy[..., rows, :], v[..., keys, :].swapaxes(-1, -2), out=dp[..., rows, keys])
-        heads = (array.reshape(B * G * R, T, S)[:, rows, keys] for array in (p, dp, keep) if array is not None)
-        pieces.run(softmax_backward, *heads)
-        np.matmul(dp[..., rows, keys], k[..., keys, :], out=dq[..., rows, :])  # dp is ds now
-    first = 0
-    for rows, keys in _blocks(T, S, causal):  # each block's own keys, those that no query before it sees
-        rows, own, first = slice(rows.start, T), slice(first, keys.stop), keys.stop
-        np.matmul(dp[..., rows, own].swapaxes(-1, -2), q[..., rows, :], out=dk[..., own, :])  # q holds the scale
-        np.matmul(dropped[..., rows, own].swapaxes(-1, -2), dy[..., rows, :], out=dv[..., own, :])
+        dp -= np.einsum("bgrts,bgrts->bgrt", dp, p)[..., None]
+        ds = np.multiply(dp, p, out=dp)
+        np.matmul(ds, k[texts, heads, :, keys], out=dq[texts, heads, :, rows])
+        dk[texts, heads, :, keys] += np.matmul(ds.swapaxes(-1, -2), q[texts, heads, :, rows])  # q holds the scale
     dq *= scale
     dk, dv = (dk.sum(axis=2), dv.sum(axis=2)) if R > 1 else (dk[:, :, 0], dv[:, :, 0])
     return dq.reshape(B, G * R, T, D), dk, dv
 
 
-def _softmax(s: np.ndarray, future: np.ndarray | None) -> None:
-    """Scores (n, T, S) become p; 0 where `future` (T, S)."""
-    if future is not None:
-        np.copyto(s, -np.inf, where=future)
-    s -= np.maximum(s.max(axis=-1, keepdims=True), np.finfo(s.dtype).min)
-    np.exp(s, out=s)
-    s /= np.maximum(s.sum(axis=-1, keepdims=True), np.finfo(s.dtype).tiny)
+def weights(saved: Any, dropped: bool = False) -> np.ndarray:
+    """Of what `forward` saved p, or drop(p), (B, H, T, S)."""
+    q, k, _, parts, *_ = saved
+    whole = np.zeros((*q.shape[:4], k.shape[3]), q.dtype)
+    for (texts, heads, rows, keys), p, dropped_p, _ in parts:
+        whole[texts, heads, :, rows, keys] = dropped_p if dropped else p
+    return whole.reshape(len(q), -1, *whole.shape[3:])
 
 
-def _blocks(T: int, S: int, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """Runs of queries, and the keys that the last of them sees: scores beyond need not be computed. Not where none."""
-    for start in range(0, T, BLOCK if causal else T):
-        stop = min(start + BLOCK, T) if causal else T
-        seen = S - T + stop if causal else S
-        if seen > 0:
-            yield slice(start, stop), slice(0, seen)
+def blocks(shape: tuple[int, ...], causal: bool) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Of scores (B, G, R, T, S) blocks for a core's cache: texts, key heads, queries, and the keys that the last of
+    these queries sees; scores beyond need not be computed. None where there are none."""
+    B, G, R, T, S = shape
+    many = max(1, pieces.PIECE // max(1, R * min(T, BLOCK) * S))
+    texts, heads = max(1, many // G), min(many, G)
+    for b in range(0, B, texts):
+        for g in range(0, G, heads):
+            for start in range(0, T, BLOCK):
+                stop = min(start + BLOCK, T)
+                seen = S - T + stop if causal else S
+                if seen > 0:
+                    yield slice(b, b + texts), slice(g, g + heads), slice(start, stop), slice(0, seen)

@@ -115,6 +115,11 @@ class GPTConfig:
         gate = ("gate",) if self.mlp == "swiglu" else ()
         return ("query", "key", "value", "out", *gate, "up", "down", "head")
 
+    @property
+    def drops(self) -> bool:
+        """Whether there is a place with dropout."""
+        return any(getattr(self, rate) for rate in RATES) or bool(self.lora and self.lora.dropout)
+
     def adapts(self, layer: str) -> bool:
         """Whether a linear layer, by its full name such as blocks.0.attn.query, has a low-rank adapter beside it."""
         return self.lora is not None and layer.rpartition(".")[2] in self.lora.targets

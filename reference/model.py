@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,6 +41,20 @@ Trace = Callable[[str, np.ndarray], None]  # called with each tensor, in executi
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
+class Span(Protocol):
+    """Some positions of texts, whose earlier and later ones are computed elsewhere, at the same time."""
+
+    start: int  # how many positions come before
+
+    def join(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """k and v (B, G, T, D) of these positions -> of all up to here, (B, G, start + T, D)."""
+        ...
+
+    def part(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The gradients of what `join` gave -> of what it was given, what later positions ask of it included."""
+        ...
+
+
 def forward(
     params: Arrays,
     config: GPTConfig,
@@ -53,6 +67,7 @@ def forward(
     trained: Collection[str] | None = None,
     targets: np.ndarray | None = None,
     recompute: bool = False,
+    span: Span | None = None,
 ) -> tuple[np.ndarray, Any]:
     """tokens (B, T) of integers -> logits (B, T, V), saved. With `targets` (B, T): -> loss, saved; no logits exist.
 
@@ -62,9 +77,11 @@ def forward(
     `cache`: of the tokens before these, to which these are added; without dropout, and no gradient is taken through it.
     `trained`: the names of the parameters that will get gradients, None for all; below the first nothing is saved.
     `recompute`: of each block its input alone is saved, and `backward` computes the rest again.
+    `span`: the tokens are a later or an earlier part of texts; without dropout, cache and `recompute`.
     """
     B, T = tokens.shape
-    starts = np.zeros(1, np.int64) if cache is None else cache.lengths
+    start = span.start if span else 0
+    starts = np.full(1, start) if cache is None else cache.lengths
     if (longest := int(starts.max()) + T) > config.context_length:
         raise ValueError(f"tokens: {longest} positions, more than the context length of {config.context_length}")
     saved: dict[str, Any] = {}
@@ -112,6 +129,8 @@ def forward(
         if config.position == "rope":
             q = run(f"{name}.query.rope", rope, q, *turns, config.rope_interleaved)
             k = run(f"{name}.key.rope", rope, k, *turns, config.rope_interleaved)
+        if span:
+            k, v = span.join(i, k, v)
         if cache is None:
             here = noise(i, philox.ATTENTION, (B, config.n_heads, T, T), rate) if rate and noise else None
             y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
@@ -141,7 +160,7 @@ def forward(
         block(i, saved.pop(f"blocks.{i}"))
 
     x = run("tok_emb", embedding, tokens, params["tok_emb.weight"])
-    places = np.arange(T) if cache is None else starts[:, None] + np.arange(T)
+    places = start + np.arange(T) if cache is None else starts[:, None] + np.arange(T)
     if config.position == "learned":
         x = note("emb", x + run("pos_emb", embedding, places, params["pos_emb.weight"]))
     else:
@@ -160,7 +179,7 @@ def forward(
         y = project("head", x, head)
     else:
         y = run("loss", linear_cross_entropy, x, params[head], params.get("head.bias"), targets)
-    return y, (config, saved, positions, (B, T), trained, again if recompute else None)
+    return y, (config, saved, positions, (B, T), trained, again if recompute else None, span)
 
 
 def head_weight(config: GPTConfig) -> str:
@@ -191,7 +210,7 @@ def backward(
     than to fresh memory. Each is taken out of the mapping when it is used.
     `turn(name)`: within it a gradient is added; where several add to the same `grads` at once, it says who is next.
     """
-    config, saved, positions, (B, T), trained, again = saved
+    config, saved, positions, (B, T), trained, again, span = saved
     grads = {} if grads is None else grads
     spare = {} if spare is None else spare
 
@@ -254,6 +273,8 @@ def backward(
         dy = project(f"{name}.out", drop(f"{name}.dropout", dy))
         dy = note(f"{name}.heads", dy.reshape(B, T, -1, config.head_dim).transpose(0, 2, 1, 3))
         dq, dk, dv = attention.backward(dy, saved.pop(f"{name}.heads"))
+        if span:
+            dk, dv = span.part(i, dk, dv)
         if config.position == "rope":
             dk = rope.backward(note(f"{name}.key.rope", dk), saved.pop(f"{name}.key.rope"))
             dq = rope.backward(note(f"{name}.query.rope", dq), saved.pop(f"{name}.query.rope"))

@@ -222,22 +222,22 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "softmax backward without its row sum", "attention",
-            '        dp -= np.einsum("hts,hts->ht", dp, p)[..., None]\n', "",
+            '        dp -= np.einsum("bgrts,bgrts->bgrt", dp, p)[..., None]\n', "",
             "attention", "dq",
         ),
         (
             "mask hides a query's own key", "attention",
-            "np.arange(keys.stop) > np.arange", "np.arange(keys.stop) >= np.arange",
+            "last.stop) > np.arange", "last.stop) >= np.arange",
             "attention", "y",
         ),
         (
             "mask shows one future key", "attention",
-            "np.arange(keys.stop) > np.arange", "np.arange(keys.stop) > 1 + np.arange",
+            "last.stop) > np.arange", "last.stop) > 1 + np.arange",
             "attention", "y of earlier queries",
         ),
         (
             "mask counts queries from the first key", "attention",
-            "[:, None] + S - T if causal", "[:, None] if causal",
+            "[:, None] + S - T\n", "[:, None]\n",
             "attention-past", "y of earlier queries",
         ),
         (
@@ -247,12 +247,12 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "attention dropout not in dp", "attention",
-            "            dp *= keep[0]\n", "",
+            "            dp *= kept\n", "",
             "attention-dropout", "dq",
         ),
         (
             "dv from weights before dropout", "attention",
-            "dropped[..., rows, own].swapaxes", "p[..., rows, own].swapaxes",
+            "np.matmul(dropped.swapaxes", "np.matmul(p.swapaxes",
             "attention-dropout", "dv",
         ),
         (

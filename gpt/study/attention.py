@@ -51,7 +51,7 @@ def capture(engine: Engine, tokens: np.ndarray) -> np.ndarray:
     for i in range(config.n_layers):
         q, k = (heads(found[f"blocks.{i}.attn.{part}{suffix}"]) for part in ("query", "key"))
         _, saved = attention.forward(q, k, k)
-        maps.append(saved[3].reshape(config.n_heads, row.shape[1], row.shape[1]))
+        maps.append(attention.weights(saved)[0])
     return np.stack(maps)
 
 

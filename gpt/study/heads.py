@@ -58,15 +58,16 @@ def heads(recording: Recording, labels: Sequence[str], most: int = MOST_NUMBERS)
 def matrices(recording: Recording, layer: int) -> dict[str, np.ndarray]:
     """Of a layer "scores", "p" and, where dropout is on, "dropped", each (H, T, T)."""
     step = _step(recording, layer)
-    p, dropped = (_by_head(part, step.y.shape) for part in step.saved[3:5])
-    found = {"scores": step.values["scores"][0], "p": p}
-    return found | ({"dropped": dropped} if step.arguments["noise"] is not None else {})
+    found = {"scores": step.values["scores"][0], "p": attention.weights(step.saved)[0]}
+    if step.arguments["noise"] is not None:
+        found["dropped"] = attention.weights(step.saved, dropped=True)[0]
+    return found
 
 
 def weights(recording: Recording) -> np.ndarray:
     """The attention of every layer and head as the model computed with it, before dropout, (L, H, T, T)."""
     steps = [_step(recording, layer) for layer in range(recording.config.n_layers)]
-    return np.stack([_by_head(step.saved[3], step.y.shape) for step in steps])
+    return np.stack([attention.weights(step.saved)[0] for step in steps])
 
 
 def by_distance(p: np.ndarray) -> np.ndarray:
@@ -113,8 +114,3 @@ def shown_layers(layers: Sequence[int], n_layers: int) -> str:
 
 def _step(recording: Recording, layer: int) -> Step:
     return recording.step(f"blocks.{layer}.attn.heads")
-
-
-def _by_head(p: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What attention saved, (B, G, H // G, T, S), of the first text: (H, T, S)."""
-    return p[0].reshape(shape[1], *p.shape[-2:])

@@ -19,7 +19,7 @@ from gpt.parity.laws import EXACT, Measure, relative
 from gpt.parity.model import KEY_BIAS
 from gpt.parity.subjects import Reference
 from gpt.study.record import PLAIN, Recording, Step, layer_of
-from reference import cross_entropy, model
+from reference import attention, cross_entropy, model
 
 __all__ = ["laws_of"]
 
@@ -134,7 +134,7 @@ def _of_the_model(recording: Recording, noise: Noise | None) -> Iterator[tuple[s
 
 def softmax_rows(step: Step) -> Iterator[Measure]:
     """A query divides 1 over the keys up to its own: its weights sum to 1, and those of later keys are 0."""
-    p = step.saved[3]  # (B, G, R, T, S), as attention saves it
+    p = attention.weights(step.saved)
     T, S = p.shape[-2:]
     yield "rows of p sum to 1", relative(p.sum(axis=-1) - 1, 1.0), EXACT
     yield "p of later keys", float(np.count_nonzero(p[..., np.triu(np.ones((T, S), bool), 1 + S - T)])), 0.0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gpt import numpy_engine, parts
 from gpt.engine import IGNORE, Batch, NonFiniteError, OptimizerConfig, create_engine
+from gpt.work import gradients, spans
 from reference import attention
 from reference.config import GPTConfig
 from reference.init import initialize
@@ -79,6 +80,71 @@ def test_parts_give_the_gradients_of_the_whole(threads, config, count):
         )
 
 
+PLAIN = GPT2.replace(shortcut_dropout=0.0, attn_dropout=0.0)
+ADAPTED = LLAMA.replace(emb_dropout=0.0, lora={"rank": 2, "alpha": 4.0})
+
+
+def gradients_of(e, rows: int, T: int = 32) -> tuple[float, float, dict[str, np.ndarray]]:
+    losses = e.accumulate(batch(rows, T), 0.5), e.loss(batch(rows, T))
+    return *losses, {name: g.copy() for name, g in e.gradients().items()}
+
+
+@pytest.mark.parametrize(
+    "config, trained",
+    [(PLAIN, ()), (LLAMA.replace(emb_dropout=0.0, lora=None), ()), (ADAPTED, ()), (PLAIN, ("blocks.1.mlp.*",))],
+    ids=["gpt2", "llama", "adapters", "last block"],
+)
+@pytest.mark.parametrize("rows, count, spans", [(1, 2, 2), (1, 7, 7), (2, 7, 6), (3, 4, 3)])
+def test_spans_of_a_text_give_its_gradients(threads, config, trained, rows, count, spans):
+    def create():
+        rng = np.random.default_rng(1)
+        params = {n: p + 0.02 * rng.normal(size=p.shape) for n, p in initialize(config, Generator(1), "gpt2").items()}
+        return create_engine("numpy", config, params, OptimizerConfig(trained=trained), "float64")
+
+    threads(1)
+    whole = gradients_of(create(), rows)
+    threads(count)
+    e = create()
+    assert e.threads(batch(rows)) == spans
+    in_spans = gradients_of(e, rows)
+    np.testing.assert_allclose(in_spans[:2], whole[:2], rtol=1e-14)
+    assert in_spans[2].keys() == whole[2].keys()
+    for name, gradient in whole[2].items():
+        np.testing.assert_allclose(
+            in_spans[2][name], gradient, rtol=1e-9, atol=1e-15 + 1e-13 * abs(gradient).max(), err_msg=name
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 32), count=st.integers(1, 9), layers=st.integers(1, 3), large=st.booleans())
+def test_spans_are_the_text_once_and_of_the_same_work(length, count, layers, large):
+    config = PLAIN.replace(n_layers=layers, emb_dim=128 if large else 8)
+    found = spans(config, length, count)
+    assert found[-1].stop is None
+    ends = [span.stop for span in found[:-1]] + [length]
+    starts = [span.start for span in found]
+    assert starts == [0, *ends[:-1]]
+    assert all(start < end for start, end in zip(starts, ends, strict=True))
+    assert len(found) <= min(count, length)
+    work = [gradients(config, 1, end).operations for end in [0, *ends]]
+    dearest = gradients(config, 1, length).operations - gradients(config, 1, length - 1).operations
+    assert max(np.diff(work)) <= work[-1] / count + dearest  # the last position's, which sees most
+
+
+@pytest.mark.parametrize("failing", [0, 5, 20])
+def test_a_span_that_fails_ends_those_that_wait_for_it(threads, failing):
+    """It never gives its keys, its gradients or its turn."""
+    threads(3)
+    e = engine(PLAIN)
+    bad = batch(1)
+    bad.targets[:] = IGNORE
+    bad.targets[0, failing] = 7
+    e.parameters()["pos_emb.weight"][failing] = np.nan
+    with pytest.raises(NonFiniteError, match=r"first in pos_emb\.weight"):
+        e.accumulate(bad)
+    assert e.gradients() == {}
+
+
 def test_parts_add_up_in_the_same_order_each_time(threads):
     threads(4)
     (first, gradients), (again, others) = (step(GPT2, dtype="float32") for _ in range(2))
@@ -92,13 +158,14 @@ def test_turns_follow_the_parts_order_whoever_comes_first(threads):
     order: dict[str, list[int]] = {"a": [], "b": []}
     late = threading.Event()
 
-    def work(share: slice, turn: parts.Turn) -> int:
-        if share.start == 0:
+    def work(part: parts.Part) -> int:
+        first = part.share.examples.start
+        if first == 0:
             late.wait(0.2)  # the others are at their first turn by then
         for name in ("a", "b", "a"):
-            with turn(name):
-                order[name].append(share.start)
-        return share.start
+            with part.turn(name):
+                order[name].append(first)
+        return first
 
     assert parts.run(work, parts.divide(3, 100)) == [0, 1, 2]
     assert order == {"a": [0, 1, 2, 0, 1, 2], "b": [0, 1, 2]}
@@ -108,23 +175,27 @@ def test_turns_follow_the_parts_order_whoever_comes_first(threads):
 def test_an_error_in_one_part_ends_all_and_is_raised(threads, failing):
     threads(3)
 
-    def work(share: slice, turn: parts.Turn) -> None:
-        if share.start == failing:
+    def work(part: parts.Part) -> None:
+        if part.share.examples.start == failing:
             raise MemoryError("no more")
         for _ in range(3):
-            with turn("sum"):
+            with part.turn("sum"):
                 pass
 
     with pytest.raises(MemoryError, match="no more"):
         parts.run(work, parts.divide(3, 100))
-    assert parts.run(lambda share, turn: share.stop, parts.divide(3, 100)) == [1, 2, 3]  # and nothing is left behind
+    assert parts.run(lambda part: part.share.examples.stop, parts.divide(3, 100)) == [
+        1,
+        2,
+        3,
+    ]  # and nothing is left behind
 
 
 @given(examples=st.integers(1, 40), entries=st.integers(1, 1 << 20), cores=st.integers(1, 16))
 def test_shares_are_all_examples_once_and_differ_by_one(examples, entries, cores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "_threads", lambda: cores)
-        shares = parts.divide(examples, entries)
+        shares = [share.examples for share in parts.divide(examples, entries)]
     assert 1 <= len(shares) <= min(cores, examples)
     assert len(shares) == 1 or entries // len(shares) >= parts.LEAST
     assert [n for share in shares for n in range(share.start, share.stop)] == list(range(examples))
@@ -178,7 +249,7 @@ def test_attention_in_blocks_is_attention(T, S, block, causal, group):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "BLOCK", size)
             y, saved = attention.forward(q, k, v, causal, None, 0.25, (7, 0))
-            return y, saved[3], *attention.backward(dy, saved)
+            return y, attention.weights(saved), *attention.backward(dy, saved)
 
     for whole, blocks in zip(both(100), both(block), strict=True):
         np.testing.assert_allclose(blocks, whole, rtol=1e-12, atol=1e-14)

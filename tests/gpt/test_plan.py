@@ -49,6 +49,7 @@ CASES = {
     "large vocabulary, tied": Setup(GPTConfig(20_000, 64, 96, 2, 4, tie_embeddings=True), 4, 64),
     "few tokens": Setup(GPTConfig(9_000, 64, 192, 1, 4, tie_embeddings=True), 1, 32),
     "long": Setup(GPTConfig(257, 512, 64, 2, 8), 2, 512),
+    "one long text": Setup(GPTConfig(257, 512, 64, 2, 8), 1, 512),
     "wide": Setup(GPTConfig(257, 64, 512, 2, 8), 1, 64),
     "adapters": Setup(GPTConfig(257, 128, 192, 3, 4, lora=LORA), 8, 128),
     "few adapters with dropout": Setup(GPTConfig(257, 128, 192, 3, 4, lora=SOME), 8, 128),
@@ -102,7 +103,7 @@ def test_numpy_takes_what_was_planned_with_checkpoints(name):
     assert_within(memory(setup).peak, numpy_peak(setup))
 
 
-@pytest.mark.parametrize("name", ["llama", "dropout", "wide", "adapters", "few tokens"])
+@pytest.mark.parametrize("name", ["llama", "dropout", "wide", "one long text", "adapters", "few tokens"])
 def test_numpy_takes_what_was_planned_in_parts(name, monkeypatch):
     monkeypatch.setattr(parts, "_threads", lambda: 2)
     monkeypatch.setattr(parts, "LEAST", 1)

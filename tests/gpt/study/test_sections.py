@@ -94,7 +94,7 @@ def test_each_view_shows_the_matrix_that_it_names(opened, recording, sections, v
     step = recording.step(f"blocks.{layer}.attn.heads")
     if view == "Without the mask":
         _, saved = attention_layer.forward(*(step.arguments[part] for part in "qkv"), causal=False)
-        expected = saved[3].reshape(1, 3, len(TEXT) - 1, -1)[0, head]
+        expected = attention_layer.weights(saved)[0, head]
     else:
         expected = unpack(sections["attention"]["matrices"][VIEWS[view]])[layer, head]
     page = opened()
