@@ -120,7 +120,7 @@ class NumpyEngine:
         """The mean loss, and what adds the gradient of so many times it to the others."""
         y, saved = model.forward(
             self._params, self.config, batch.inputs, noise, keep=keep, trained=self._learns,
-            targets=batch.targets if fused else None, recompute=self._recompute, span=part,
+            targets=batch.targets if fused else None, recompute=self._recompute, part=part,
         )  # fmt: skip
         loss, saved_loss = (y, None) if fused else _loss(y, batch)
         del y
@@ -132,7 +132,7 @@ class NumpyEngine:
             return weight if fused else _loss_gradient(weight, of_loss, batch)
 
         def backward(weight: float) -> None:
-            model.backward(gradient(weight), saved, self._grads, self._spare, turn=part.turn)
+            model.backward(gradient(weight), saved, self._grads, self._spare)
 
         return float(loss), backward
 

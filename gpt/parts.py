@@ -6,7 +6,7 @@
 A matrix library can divide each product among its threads, but then all else waits for one of them, and threads that
 come and go at every operation cost more than most operations do. So each part goes through the whole forward and
 backward pass in a thread of its own, every product computed by one thread, and what it works on stays in its core's
-cache. Parts meet where gradients add up, always in the same order, so that the sums come out the same.
+cache. Parts meet where gradients add up, and the sums come out the same whoever comes first.
 
 A part is some of the texts. Where there are more cores than texts it is some positions of them, a span; in the notation
 of reference/attention.py, of a text's spans 1, 2, ...:
@@ -20,7 +20,6 @@ Forward an early span is ahead, backward a late one, so that they wait for each 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,7 +56,7 @@ def divide(examples: int, entries: int, split: Callable[[int], list[slice]] = wh
     parts = max(1, min(_threads(), entries // LEAST))
     groups = min(parts, examples)
     texts = [slice(examples * group // groups, examples * (group + 1) // groups) for group in range(groups)]
-    spans = split(parts // groups)[::-1]  # backward the last is first
+    spans = split(parts // groups)
     return [Share(of, positions) for of in texts for positions in spans]
 
 
@@ -67,17 +66,35 @@ class Part:
     def __init__(self, share: Share, number: int, meeting: _Meeting) -> None:
         self.share, self._number, self._meeting = share, number, meeting
         self.start, self._stop = share.positions.start, share.positions.stop
-        self._turns = Counter[str]()
+
+    def sum(self, name: str, array: np.ndarray) -> np.ndarray | None:
+        """The sum of all parts' arrays of this name, for the one that comes last; the others get None, and go on.
+
+        As in a tournament, two and two, and then the sums of two: that a + b is b + a to the last bit makes the sum the
+        same whoever comes first, and nobody waits.
+        """
+        size = 1
+        while size < self._meeting.parts:
+            group = self._number // size
+            if (group ^ 1) * size < self._meeting.parts:  # or there is no other
+                other = self._meeting.swap((name, size, group // 2), array)
+                if other is None:
+                    return None
+                array += other
+            size *= 2
+        return array
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """Within it, this part alone has the sum of this name: one part after another has, and then the first again."""
-        due = self._turns[name] * self._meeting.parts + self._number
-        self._turns[name] += 1
-        if due:
-            self._meeting.take((name, due))
+        """Within it this part is alone, one part after another, and the first when all others have come."""
+        if self._number:
+            self._meeting.give((name, "here", self._number), None)
+            self._meeting.take((name, "next", self._number))
+        else:
+            for other in range(1, self._meeting.parts):
+                self._meeting.take((name, "here", other))
         yield
-        self._meeting.give((name, due + 1), None)
+        self._meeting.give((name, "next", self._number + 1), None)
 
     def join(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """k and v (B, G, T, D) of these positions -> of all the text's up to here, (B, G, start + T, D)."""
@@ -88,7 +105,7 @@ class Part:
             self._meeting.give(self._border("k, v", layer, self._stop), (k, v))
         return k, v
 
-    def part(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def hand_back(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """dk and dv (B, G, start + T, D) of what `join` gave -> of what it was given, (B, G, T, D)."""
         if self._stop is not None:
             for own, later in zip((dk, dv), self._meeting.take(self._border("dk, dv", layer, self._stop)), strict=True):
@@ -146,6 +163,14 @@ class _Meeting:
             if self._ended:
                 raise RuntimeError("another part of the batch failed")
             return self._things.pop(name)
+
+    def swap(self, name: Hashable, thing: Any) -> Any:
+        """What another left under this name; None if nobody did, and then this is left there."""
+        with self._changed:
+            if name in self._things:
+                return self._things.pop(name)
+            self._things[name] = thing
+            return None
 
     def end(self) -> None:
         with self._changed:

@@ -73,7 +73,7 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.nda
     B, G, R, T, D = q.shape
     S = k.shape[3]
     dy = dy.reshape(q.shape)
-    dq = np.zeros_like(q)
+    dq = np.zeros((B, T, G, R, D), q.dtype).transpose(0, 2, 3, 1, 4)
     dk, dv = np.zeros((2, B, S, G, R, D), q.dtype).transpose(0, 1, 3, 4, 2, 5)  # splitting heads again needs no copy
     for (texts, heads, rows, keys), p, dropped, kept in saved:
         dv[texts, heads, :, keys] += np.matmul(dropped.swapaxes(-1, -2), dy[texts, heads, :, rows])

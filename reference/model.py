@@ -41,17 +41,25 @@ Trace = Callable[[str, np.ndarray], None]  # called with each tensor, in executi
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-class Span(Protocol):
-    """Some positions of texts, whose earlier and later ones are computed elsewhere, at the same time."""
+class Part(Protocol):
+    """Some texts of a batch, or some positions of them, while others compute the rest of it at the same time."""
 
-    start: int  # how many positions come before
+    start: int  # how many positions of these texts come before
 
     def join(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """k and v (B, G, T, D) of these positions -> of all up to here, (B, G, start + T, D)."""
         ...
 
-    def part(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def hand_back(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradients of what `join` gave -> of what it was given, what later positions ask of it included."""
+        ...
+
+    def sum(self, name: str, gradient: np.ndarray) -> np.ndarray | None:
+        """The sum of all parts' gradients of this name for one of them, which is to go on with it; None for others."""
+        ...
+
+    def turn(self, name: str) -> AbstractContextManager[Any]:
+        """Within it no other part adds to this name, and each has added all that came before."""
         ...
 
 
@@ -67,7 +75,7 @@ def forward(
     trained: Collection[str] | None = None,
     targets: np.ndarray | None = None,
     recompute: bool = False,
-    span: Span | None = None,
+    part: Part | None = None,
 ) -> tuple[np.ndarray, Any]:
     """tokens (B, T) of integers -> logits (B, T, V), saved. With `targets` (B, T): -> loss, saved; no logits exist.
 
@@ -77,10 +85,10 @@ def forward(
     `cache`: of the tokens before these, to which these are added; without dropout, and no gradient is taken through it.
     `trained`: the names of the parameters that will get gradients, None for all; below the first nothing is saved.
     `recompute`: of each block its input alone is saved, and `backward` computes the rest again.
-    `span`: the tokens are a later or an earlier part of texts; without dropout, cache and `recompute`.
+    `part`: what else there is of the batch; where it is of the same texts, without dropout, cache and `recompute`.
     """
     B, T = tokens.shape
-    start = span.start if span else 0
+    start = part.start if part else 0
     starts = np.full(1, start) if cache is None else cache.lengths
     if (longest := int(starts.max()) + T) > config.context_length:
         raise ValueError(f"tokens: {longest} positions, more than the context length of {config.context_length}")
@@ -129,8 +137,8 @@ def forward(
         if config.position == "rope":
             q = run(f"{name}.query.rope", rope, q, *turns, config.rope_interleaved)
             k = run(f"{name}.key.rope", rope, k, *turns, config.rope_interleaved)
-        if span:
-            k, v = span.join(i, k, v)
+        if part:
+            k, v = part.join(i, k, v)
         if cache is None:
             here = noise(i, philox.ATTENTION, (B, config.n_heads, T, T), rate) if rate and noise else None
             y = run(f"{name}.heads", attention, q, k, v, True, None, rate, here)
@@ -179,7 +187,7 @@ def forward(
         y = project("head", x, head)
     else:
         y = run("loss", linear_cross_entropy, x, params[head], params.get("head.bias"), targets)
-    return y, (config, saved, positions, (B, T), trained, again if recompute else None, span)
+    return y, (config, saved, positions, (B, T), trained, again if recompute else None, part)
 
 
 def head_weight(config: GPTConfig) -> str:
@@ -201,16 +209,14 @@ def backward(
     grads: Arrays | None = None,
     spare: Arrays | None = None,
     trace: Trace | None = None,
-    turn: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Arrays:
     """dy like what `forward` gave, logits or loss -> gradients by parameter name, added to `grads` if given.
 
     What was saved is used up: its memory is free again as soon as a layer is done with it.
     `spare`: arrays by parameter name whose contents are no longer needed; a weight's gradient is written there rather
     than to fresh memory. Each is taken out of the mapping when it is used.
-    `turn(name)`: within it a gradient is added; where several add to the same `grads` at once, it says who is next.
     """
-    config, saved, positions, (B, T), trained, again, span = saved
+    config, saved, positions, (B, T), trained, again, part = saved
     grads = {} if grads is None else grads
     spare = {} if spare is None else spare
 
@@ -223,12 +229,14 @@ def backward(
         return trained is None or name in trained
 
     def add(name: str, gradient: np.ndarray | None) -> None:
-        if gradient is not None and learns(name):
-            with turn(name):
-                if name in grads:
-                    grads[name] += gradient
-                else:
-                    grads[name] = gradient
+        if gradient is None or not learns(name):
+            return
+        if part:
+            gradient = part.sum(name, gradient)
+        if gradient is not None and name in grads:
+            grads[name] += gradient
+        elif gradient is not None:
+            grads[name] = gradient
 
     def norm(name: str, dy: np.ndarray) -> np.ndarray:
         if config.norm == "rms_norm":
@@ -259,7 +267,7 @@ def backward(
         note(name, dy)
         if not learns(weight):
             return
-        with turn(weight):
+        with part.turn(weight) if part else nullcontext():
             if weight not in grads and weight in spare:
                 grads[weight] = spare.pop(weight)
                 grads[weight].fill(0)
@@ -273,8 +281,8 @@ def backward(
         dy = project(f"{name}.out", drop(f"{name}.dropout", dy))
         dy = note(f"{name}.heads", dy.reshape(B, T, -1, config.head_dim).transpose(0, 2, 1, 3))
         dq, dk, dv = attention.backward(dy, saved.pop(f"{name}.heads"))
-        if span:
-            dk, dv = span.part(i, dk, dv)
+        if part:
+            dk, dv = part.hand_back(i, dk, dv)
         if config.position == "rope":
             dk = rope.backward(note(f"{name}.key.rope", dk), saved.pop(f"{name}.key.rope"))
             dq = rope.backward(note(f"{name}.query.rope", dq), saved.pop(f"{name}.query.rope"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -160,15 +161,41 @@ def test_turns_follow_the_parts_order_whoever_comes_first(threads):
 
     def work(part: parts.Part) -> int:
         first = part.share.examples.start
-        if first == 0:
-            late.wait(0.2)  # the others are at their first turn by then
-        for name in ("a", "b", "a"):
+        if first == 1:
+            late.wait(0.2)  # the others are at their turn by then
+        for name in order:
             with part.turn(name):
                 order[name].append(first)
         return first
 
     assert parts.run(work, parts.divide(3, 100)) == [0, 1, 2]
-    assert order == {"a": [0, 1, 2, 0, 1, 2], "b": [0, 1, 2]}
+    assert order == {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 9), seed=st.integers(0, 99))
+def test_sums_are_the_same_to_the_last_bit_whoever_comes_first(count, seed):
+    """In float32, where another order of adding up is another sum."""
+    rng = np.random.default_rng(seed)
+    arrays, pauses = rng.normal(size=(count, 50)).astype(np.float32), rng.permutation(count) / 500
+    shares = [parts.Share(slice(n, n + 1)) for n in range(count)]
+
+    def summed(pauses: np.ndarray) -> np.ndarray:
+        def work(part: parts.Part) -> np.ndarray | None:
+            number = part.share.examples.start
+            time.sleep(pauses[number])
+            return part.sum("x", arrays[number].copy())
+
+        (total,) = [sum_ for sum_ in parts.run(work, shares) if sum_ is not None]
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_threads", lambda: count)
+        parts._pool.cache_clear()
+        first, second = summed(pauses), summed(pauses[::-1])
+        parts._pool.cache_clear()
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, arrays.sum(axis=0, dtype=np.float64), atol=1e-5)
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -178,8 +205,8 @@ def test_an_error_in_one_part_ends_all_and_is_raised(threads, failing):
     def work(part: parts.Part) -> None:
         if part.share.examples.start == failing:
             raise MemoryError("no more")
-        for _ in range(3):
-            with part.turn("sum"):
+        for name in "abc":
+            with part.turn(name):
                 pass
 
     with pytest.raises(MemoryError, match="no more"):
