@@ -44,7 +44,9 @@ class Case:
 
 CASES = {
     "bytes-small": Case("bytes-small", batch=16, length=128, rounds=15, steps=4),
+    # What a step costs beside its tokens, adding up 124M gradients and two whole updates, weighs less the longer it is.
     "gpt2-small": Case("gpt2-small", batch=4, length=256, rounds=11, steps=1),
+    "gpt2-small-1024": Case("gpt2-small", batch=2, length=1024, rounds=9, steps=1),
 }
 
 

@@ -26,7 +26,7 @@ def test_shared_steps_are_timed_against_those_of_one_process(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["gpt5"], "'gpt5' is not one of bytes-small, gpt2-small"),
+        (["gpt5"], "'gpt5' is not one of bytes-small, gpt2-small, gpt2-small-1024"),
         (["--processes", "1"], "processes: expected at least 2, got 1"),
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
     ],
