@@ -19,7 +19,7 @@ import numpy as np
 
 from reference import philox, pieces
 
-BLOCK = 128  # queries at a time: nearly half of the scores of a long causal sequence are never computed
+BLOCK = 64  # queries at a time: nearly half of the scores of a long causal sequence are never computed
 
 
 def forward(
