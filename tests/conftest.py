@@ -1,7 +1,9 @@
 """Settings that hold for all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,3 +22,40 @@ def _environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def pytest_collection_finish() -> None:
+    """Once the tests have imported what they need: no process imports Triton for this alone."""
+    if "triton" in sys.modules:
+        _patch_once_a_launch()
+
+
+def _patch_once_a_launch() -> None:
+    """Halve the interpreter's time: what it computes stays the same, bit for bit.
+
+    A launch has each function of triton.language replaced by one that NumPy computes, and puts them back at its end. In
+    between, each call of a function that kernels share goes through all of the language again, to find nothing left to
+    replace. Here the first call of a launch does, as the modules differ by which a function knows the language.
+    """
+    from triton.runtime import interpreter
+
+    sound, tl = getattr(interpreter, "_patch_lang", None), interpreter.tl
+    if sound is None or not hasattr(interpreter, "_LangPatchScope"):
+        return  # another version of Triton, which is slower at worst
+    patched: set[tuple[bool, bool]] = set()
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            patched.clear()
+            super().restore()
+
+    def patch(fn: Any) -> Any:
+        known = fn.__globals__.values()
+        modules = (any(value is tl for value in known), any(value is tl.core for value in known))
+        scope = Launch()
+        if modules not in patched:
+            patched.add(modules)
+            scope._changes = sound(fn)._changes
+        return scope
+
+    interpreter._patch_lang = patch

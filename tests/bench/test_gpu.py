@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from bench import __main__ as bench  # noqa: E402
 from bench import checks, clock, gpu, peers, report  # noqa: E402
 from bench.cases import cases  # noqa: E402
 from gpt import ops  # noqa: E402
@@ -20,11 +21,11 @@ from gpt.errors import UserError  # noqa: E402
 ROOT = Path(__file__).parents[2]
 
 
-def bench(*arguments, **environment):
+def bench_gpu(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "bench", "gpu", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **environment},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -221,12 +222,12 @@ def _check(passed):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line():
-    done = bench()
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: bench gpu: no CUDA GPU is here")
-    assert done.stderr.count("\n") == 1
-    assert not done.stdout
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
+    assert bench.main(["gpu"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: bench gpu: no CUDA GPU is here")
+    assert said.err.count("\n") == 1
+    assert not said.out
 
 
 def test_bad_arguments_are_refused():
@@ -244,7 +245,7 @@ def test_checked_and_timed_beside_somebody_s_kernel(tmp_path):
     kernel.write_text(
         "import torch\ndef gelu(x, approximate):\n    return torch.nn.functional.gelu(x, approximate=approximate)\n"
     )
-    done = bench("--tiny", "--kernel", f"{kernel}:gelu", "--op", "gelu", "--out", tmp_path / "some" / "gpu.json")
+    done = bench_gpu("--tiny", "--kernel", f"{kernel}:gelu", "--op", "gelu", "--out", tmp_path / "some" / "gpu.json")
     assert done.returncode == 0, done.stderr
     assert "checked       triton gelu-tanh, algebra" in done.stdout, "before it is timed"
     found = json.loads((tmp_path / "some" / "gpu.json").read_text())["cases"]
@@ -254,11 +255,12 @@ def test_checked_and_timed_beside_somebody_s_kernel(tmp_path):
     }
 
 
-def test_the_whole_of_it_at_tiny_sizes(tmp_path):
+def test_the_whole_of_it_at_tiny_sizes(tmp_path, monkeypatch, capsys):
     kept = sorted((ROOT / "bench" / "results").iterdir())
     # What torch.compile makes of every operator takes half a minute; what it does for a peer is tried elsewhere.
-    done = bench("--tiny", "--no-check", "--out", tmp_path / "gpu.json", TORCH_COMPILE_DISABLE="1")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    assert gpu.main(gpu.Options(tiny=True, check=False, out=tmp_path / "gpu.json")) == 0
+    printed = capsys.readouterr().out
     assert sorted((ROOT / "bench" / "results").iterdir()) == kept
     document = json.loads((tmp_path / "gpu.json").read_text())
     assert document["kind"] == "gpu"
@@ -278,7 +280,7 @@ def test_the_whole_of_it_at_tiny_sizes(tmp_path):
     assert all(m["tokens_per_s"] > 0 for m in found["models"])
     for plot in ("attention", "bandwidth", "model"):
         assert (tmp_path / f"gpu-{plot}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"gpu-{plot}.png" in done.stdout
+        assert f"gpu-{plot}.png" in printed
     if not torch.cuda.is_available():
         assert "flash" in {m["peer"] for m in found["measurements"]}
         assert "cudnn, attention D 64 causal bfloat16 16" in found["left_out"]

@@ -19,8 +19,10 @@ def _one_thread():
 @pytest.mark.parametrize("dtype", parity.LOCKSTEP)
 @pytest.mark.parametrize("name", parity.CONFIGS)
 def test_engines_stay_together_for_hundreds_of_steps_with_dropout(name, dtype):
-    results = list(parity.lockstep(name, dtype, steps=300))
-    assert [result.case for result in results] == ["300 steps"]
+    """One model for 300 steps; the others, for what they are made of, for the 100 that `twingrad check` takes."""
+    steps = 300 if name == "untied" else 100
+    results = list(parity.lockstep(name, dtype, steps=steps))
+    assert [result.case for result in results] == [f"{steps} steps"]
     assert results[0].passed, results[0]
 
 

@@ -44,7 +44,7 @@ np.savez(os.path.join(folder, "values.npz"), **{name.replace("/", "|"): value fo
 HPARAMS = {"n_vocab": 101, "n_ctx": 23, "n_embd": 36, "n_head": 3, "n_layer": 2}
 
 
-def save_with_tensorflow(folder, hparams=None, extra=None):
+def save_with_tensorflow(folder, extra=None, hparams=None):
     """Write such a checkpoint; returns the variables by name. Skips without TensorFlow."""
     if importlib.util.find_spec("tensorflow") is None:  # imported here, beside PyTorch, it may crash the process
         pytest.skip("TensorFlow, which writes these checkpoints, is not installed")
@@ -64,9 +64,9 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def openai_folder(tmp_path_factory):
-    """A tiny checkpoint as OpenAI's, and its variables."""
+    """A tiny checkpoint as OpenAI's, with what an optimizer leaves there, and its variables."""
     folder = tmp_path_factory.mktemp("openai")
-    return folder, save_with_tensorflow(folder)
+    return folder, save_with_tensorflow(folder, {"model/wte/Adam": [101, 36], "beta1_power": [], "global_step": []})
 
 
 def make_peer(**settings):

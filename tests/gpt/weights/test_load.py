@@ -34,7 +34,7 @@ FILES = ["checkpoint", "hparams.json", "model.ckpt.data-00000-of-00001", "model.
 def checkpoint(tmp_path_factory):
     """A tiny model with GPT-2's vocabulary, as OpenAI publishes its own: file name -> contents."""
     folder = tmp_path_factory.mktemp("published")
-    save_with_tensorflow(folder, TINY)
+    save_with_tensorflow(folder, hparams=TINY)
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
@@ -61,7 +61,9 @@ def vocabulary():
         pytest.skip("TIKTOKEN_CACHE_DIR, where GPT-2's vocabulary is, is not set")
 
 
-def test_a_name_is_downloaded_converted_once_and_then_needs_neither_network_nor_tensorflow(published, vocabulary):
+def test_a_name_is_downloaded_converted_once_and_then_needs_neither_network_nor_tensorflow(
+    published, vocabulary, capsys
+):
     text = LLM.load("gpt2-small", engine="numpy").generate("Hello", 8)
     assert published.asked.count("/good/model.ckpt.index") == 1
     asked = len(published.asked)
@@ -72,20 +74,13 @@ def test_a_name_is_downloaded_converted_once_and_then_needs_neither_network_nor_
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == repr(text.encode()), done.stderr
-    assert len(published.asked) == asked
-
-
-def test_get_prints_where_it_is_and_generate_takes_the_name(published, vocabulary, capsys):
-    assert main(["weights", "get", "gpt2-small"]) == 0
-    place = Path(capsys.readouterr().out.strip())
-    assert place == registry.folder("gpt2-small") / "twingrad.safetensors"
-    assert place.exists()
     assert main(["generate", "--model", "gpt2-small", "--prompt", "Hello", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("Hello")
     assert main(["weights", "show", "gpt2-small"]) == 0
     assert "blocks.0.attn.query.weight" in capsys.readouterr().out
     assert main(["weights", "list"]) == 0
     assert "gpt2-small" in capsys.readouterr().out
+    assert len(published.asked) == asked
 
 
 def test_without_tensorflow_the_command_that_installs_it_is_named(published):
@@ -188,8 +183,12 @@ def test_a_nan_is_one_line_of_warning_on_the_command_line(tmp_path, capsys):
     )
 
 
-def test_what_is_converted_carries_its_tokenizer(published, vocabulary, tmp_path):
-    main(["weights", "convert", "gpt2-small", str(tmp_path / "hub")])
+def test_get_prints_where_it_is_and_what_is_converted_carries_its_tokenizer(published, vocabulary, tmp_path, capsys):
+    assert main(["weights", "get", "gpt2-small"]) == 0
+    place = Path(capsys.readouterr().out.strip())
+    assert place == registry.folder("gpt2-small") / "twingrad.safetensors"
+    assert place.exists()
+    assert main(["weights", "convert", "gpt2-small", str(tmp_path / "hub")]) == 0
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hub")
     text = "Every effort moves you: naïve, 東京, 🎉\n\n  x = 1<|endoftext|>"
