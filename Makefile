@@ -1,4 +1,4 @@
-# make demo | test | lint | static | reproduce | reproduce-pretrained      everything is installed into .venv, once
+# make demo | test | test-slow | lint | static | reproduce | reproduce-pretrained      everything is installed into .venv, once
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A new version pin or a new top-level package asks for a fresh install.
 PROJECT := pyproject.toml constraints.txt $(wildcard */__init__.py)
 
-.PHONY: demo test lint static reproduce reproduce-pretrained clean
+.PHONY: demo test test-slow lint static reproduce reproduce-pretrained clean
 
 demo: $(VENV)/.torch
 	$(BIN)/twingrad demo
@@ -14,6 +14,10 @@ demo: $(VENV)/.torch
 # Each core has a worker of its own, which a second thread of its matrix products would only disturb.
 test: $(VENV)/.dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Minutes each, alone: some measure memory.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -39,8 +39,8 @@ def _patch_once_a_launch() -> None:
     """
     from triton.runtime import interpreter
 
-    sound, tl = getattr(interpreter, "_patch_lang", None), interpreter.tl
-    if sound is None or not hasattr(interpreter, "_LangPatchScope"):
+    sound, tl = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "tl", None)
+    if sound is None or tl is None or not hasattr(interpreter, "_LangPatchScope"):
         return  # another version of Triton, which is slower at worst
     patched: set[tuple[bool, bool]] = set()
 

@@ -82,10 +82,12 @@ def main(folder: Path, target: Path) -> None:
     """Write the variables of the checkpoint in `folder` to `target`, whole or not at all. Raises UserError."""
     tensorflow = require("tensorflow", extra="openai")
     try:
-        # What the file `checkpoint` says first is the newest one's name; whose folder it names is of no matter.
-        place = tensorflow.train.latest_checkpoint(str(folder))
-        place = place or str(sorted(folder.glob("*.index"))[0]).removesuffix(".index")
-        reader = tensorflow.train.load_checkpoint(place)
+        # What the file `checkpoint` says first is the newest one's name. A folder that it names is where that was written,
+        # and the one given may be a copy.
+        state = tensorflow.train.get_checkpoint_state(str(folder))
+        index = folder / f"{Path(state.model_checkpoint_path).name}.index" if state else None
+        index = index if index and index.is_file() else sorted(folder.glob("*.index"))[0]
+        reader = tensorflow.train.load_checkpoint(str(index).removesuffix(".index"))
         names = [name for name in sorted(reader.get_variable_to_shape_map()) if not OPTIMIZER.fullmatch(name)]
         arrays = {name: reader.get_tensor(name) for name in names}
     except Exception as error:  # what a damaged file raises is not documented

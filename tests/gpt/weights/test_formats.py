@@ -308,16 +308,19 @@ def test_show_prints_name_shape_type_and_a_fingerprint_that_no_format_changes(hu
 
 
 def test_a_damaged_tensor_file_of_tensorflow_is_noticed(tmp_path):
-    save_with_tensorflow(tmp_path, hparams={**HPARAMS, "n_layer": 1})
-    data = tmp_path / "model.ckpt.data-00000-of-00001"
+    """Of a copy, whose file `checkpoint` names the folder that it was written to, where all is well."""
+    (tmp_path / "written").mkdir()
+    save_with_tensorflow(tmp_path / "written", hparams={**HPARAMS, "n_layer": 1})
+    shutil.copytree(tmp_path / "written", tmp_path / "copy")
+    data = tmp_path / "copy" / "model.ckpt.data-00000-of-00001"
     raw = bytearray(data.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     data.write_bytes(raw)
     with pytest.raises(UserError, match="not a readable TensorFlow checkpoint: .*[Cc]hecksum"):
-        load(tmp_path)
+        load(tmp_path / "copy")
     data.write_bytes(raw[:100])
     with pytest.raises(UserError, match="not a readable TensorFlow checkpoint: "):
-        load(tmp_path)
+        load(tmp_path / "copy")
 
 
 def test_a_config_of_another_family_is_refused(hub_folder, tmp_path):
