@@ -82,8 +82,8 @@ def main(folder: Path, target: Path) -> None:
     """Write the variables of the checkpoint in `folder` to `target`, whole or not at all. Raises UserError."""
     tensorflow = require("tensorflow", extra="openai")
     try:
-        # What the file `checkpoint` says first is the newest one's name. A folder that it names is where that was written,
-        # and the one given may be a copy.
+        # What the file `checkpoint` says first is the newest one's name, and in which folder that was written; the one
+        # given may be a copy.
         state = tensorflow.train.get_checkpoint_state(str(folder))
         index = folder / f"{Path(state.model_checkpoint_path).name}.index" if state else None
         index = index if index and index.is_file() else sorted(folder.glob("*.index"))[0]
