@@ -170,6 +170,8 @@ class ReplicatedEngine(SharedEngine):
 class ShardedEngine(SharedEngine):
     """A part of each parameter in each process, along its first axis; `parameters`, `optimizer_state` gather them."""
 
+    _without_gradient = torch.no_grad  # what is gathered in inference mode, training could not gather into again
+
     def __init__(
         self,
         config: GPTConfig,

@@ -33,6 +33,7 @@ from threadpoolctl import ThreadpoolController
 __all__ = ["Part", "Share", "divide", "run"]
 
 Result = TypeVar("Result")
+_one_batch = threading.Lock()
 LEAST = 1 << 15  # entries of a hidden state in a part: where operations are shorter, threads only wait for each other
 
 
@@ -121,7 +122,10 @@ class Part:
 
 
 def run(work: Callable[[Part], Result], shares: Sequence[Share]) -> list[Result]:
-    """What `work(part)` gives for each share, all at once. An error of one part ends all, and is raised."""
+    """What `work(part)` gives for each share, all at once. An error of one part ends all, and is raised.
+
+    Batches of several threads come one after another: parts wait for each other, so that all need a thread at once.
+    """
     if len(shares) == 1:
         return [work(Part(shares[0], 0, _Meeting(1)))]
     meeting, errors = _Meeting(len(shares)), list[BaseException]()
@@ -135,7 +139,7 @@ def run(work: Callable[[Part], Result], shares: Sequence[Share]) -> list[Result]
 
     # Each in a copy of the caller's context, so that its np.errstate holds there too.
     contexts = [copy_context() for _ in shares]
-    with _controller().limit(limits=1, user_api="blas"):
+    with _one_batch, _controller().limit(limits=1, user_api="blas"):
         others = [_pool().submit(contexts[part].run, carry_out, part) for part in range(1, len(shares))]
         results = [contexts[0].run(carry_out, 0), *(other.result() for other in others)]
     if errors:

@@ -34,6 +34,8 @@ SCALE, GROWTH = f"{face.OWN}gradient_scale", f"{face.OWN}steps_of_this_scale"  #
 class TorchEngine:
     """See gpt.engine.Engine."""
 
+    _without_gradient: type[torch.inference_mode] | type[torch.no_grad] = torch.inference_mode
+
     def __init__(
         self,
         config: GPTConfig,
@@ -120,7 +122,7 @@ class TorchEngine:
     def token_logps(self, batch: Examples) -> TokenLogps:
         face.check_tokens(batch.inputs, self.config)
         inputs, targets = self._to_device(batch)
-        with torch.inference_mode(), self._autocast():
+        with self._without_gradient(), self._autocast():
             logits = self._logits(inputs)
             logps = token_logps(logits, targets)
             chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
@@ -166,7 +168,7 @@ class TorchEngine:
         last: slice | torch.Tensor = slice(-1, None)
         if counts is not None:
             last = torch.from_numpy(counts[:, None] - 1).to(self.device)
-        with torch.inference_mode(), self._autocast():
+        with self._without_gradient(), self._autocast():
             inputs = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
             logits = self._logits(inputs, positions=last, cache=cache)
         if cache is not None:

@@ -130,6 +130,7 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
         progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
     model, tokens = trainer.engine.config.to_dict(), trainer.train_loader.state().get("data")
     world.same_on_all({"model": model, "data": data, "tokens": tokens, "steps done": trainer.step}, "run")
+    _same_weights(trainer.engine)
     trainer.tracker = world.first(lambda: create_trackers(config.log_to, out, to_dict(config)))
     try:
         world.first(lambda: _write_config(config, out / CONFIG))
@@ -151,6 +152,19 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
             trainer.tracker.close()
     world.first(lambda: _plot(out, trainer.metrics))
     return result
+
+
+def _same_weights(engine: Engine) -> None:
+    """UserError where processes have other weights, such as from files of one name on several machines.
+
+    They are told apart by what they say: logits that differ by more than what other processors make of the same.
+    """
+    if world.size() == 1:
+        return
+    everyones = world.exchange(engine.logits(np.zeros((1, 1), np.int64))[0])
+    for rank, logits in enumerate(everyones):
+        if not np.allclose(logits, everyones[0], rtol=0, atol=1e-3 * np.abs(everyones[0]).max(), equal_nan=True):
+            raise UserError(f"weights: those of rank {rank} are other weights than rank 0's; all ranks need the same")
 
 
 def _write_config(config: Any, path: Path) -> None:

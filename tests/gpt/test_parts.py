@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -152,6 +153,20 @@ def test_parts_add_up_in_the_same_order_each_time(threads):
     assert first == again
     for name, gradient in gradients.items():
         np.testing.assert_array_equal(others[name], gradient, err_msg=name)
+
+
+def test_batches_of_several_threads_do_not_wait_for_each_other_s_parts(threads):
+    """Of three parts a batch, with two threads beside the caller's, which two batches would share."""
+    threads(3)
+    shares = parts.divide(3, 100)
+
+    def work(part: parts.Part) -> int:
+        with part.turn("a"):  # when all three have come
+            return part.share.examples.start
+
+    with ThreadPoolExecutor(4) as callers:
+        found = [callers.submit(lambda: [parts.run(work, shares) for _ in range(50)]) for _ in range(4)]
+        assert all(future.result(timeout=60) == [[0, 1, 2]] * 50 for future in found)
 
 
 def test_turns_follow_the_parts_order_whoever_comes_first(threads):

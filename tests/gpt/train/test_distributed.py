@@ -14,12 +14,16 @@ import pytest
 from gpt import world
 from gpt.cli import main
 from gpt.errors import UserError
+from gpt.tokenizers import ByteTokenizer
 from gpt.train import run
 from gpt.train.checkpoint import load_checkpoint
 from gpt.train.config import RunConfig
 from gpt.train.log import read_log
 from gpt.train.run import again, shared
-from reference.config import GPTConfig
+from gpt.weights.native import save_model
+from reference.config import PRESETS, GPTConfig
+from reference.init import initialize
+from reference.torch_rng import Generator
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 if not __import__("torch").distributed.is_available():
@@ -31,6 +35,7 @@ from tests.gpt.train.distributed_worker import KERNELS
 ROOT = Path(__file__).parents[3]
 WORKER = str(Path(distributed_worker.__file__).relative_to(ROOT))
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 30
+TINY = PRESETS["bytes-tiny"]
 SETTINGS = [
     "--preset", "bytes-tiny", "--model.attn_dropout", "0.1", "--model.emb_dropout", "0.1", "--max_length", "16",
     "--batch_size", "5", "--drop_last", "false", "--accumulation", "2", "--dtype", "float64", "--schedule", "constant",
@@ -104,8 +109,8 @@ def assert_same_results(found: dict[str, np.ndarray], alone: dict[str, np.ndarra
 def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, text):
     """DDP and FSDP2, accumulation, batches of 5, 3 and 1, dropout on, PyTorch's operators and the kernels.
 
-    Then the same processes are given what is not the same, options and texts; a checkpoint of another model; and a
-    finetuning.
+    Then the same processes are given what is not the same, options, texts and weights; a checkpoint of another model;
+    and a finetuning.
     """
     out = tmp_path / "found.npz"
     spam = tmp_path / "spam.tsv"
@@ -119,11 +124,14 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
     for other in range(4):
         (tmp_path / str(other)).mkdir()
         (tmp_path / str(other) / "fox.txt").write_text(TEXT.replace("lazy", "busy") if other == 2 else TEXT)
+        params = initialize(TINY, Generator(other == 3), "book")
+        save_model(tmp_path / str(other) / "model.safetensors", params, TINY, ByteTokenizer().spec())
     texts = ["train", "--data", "fox.txt", *SETTINGS, "--steps", "2", "--out", "run"]
+    weights = ["train", "--data", text, "--weights", "model.safetensors", *SETTINGS[6:], "--steps", "2", "--out", "run"]
     here = str(tmp_path)
     commands = [[here, *finetune, "--out", str(tmp_path / "tuned")], [here, *again]]
     if processes == 4:
-        commands = [[here, *differ], [f"{here}/RANK", *texts]]
+        commands = [[here, *differ], [f"{here}/RANK", *texts], [f"{here}/RANK", *weights]]
     if processes == 2:
         assert main([*kept, "--engine", "numpy"]) == 0
         swap_model(tmp_path / "kept")
@@ -146,7 +154,8 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
     expected = ["no such file", *(f"rank {other}: no such file" for other in range(1, processes))]
     assert found["together"].tolist() == expected
     if processes == 4:
-        assert printed.count("error: ") == 2, printed
+        assert printed.count("error: ") == 3, printed
+        assert "error: weights: those of rank 3 are other weights than rank 0's; all ranks need the same\n" in printed
         assert "error: options: train.seed is 1 on rank 1, 0 on rank 0; all ranks need the same\n" in printed
         assert not (tmp_path / "differ").exists()
         told = (
@@ -156,7 +165,7 @@ def test_a_step_of_several_processes_is_that_of_one(processes, alone, tmp_path, 
         assert found, printed
         assert found[1] != found[2]
         assert not list(tmp_path.glob("*/run"))
-        assert all(printed.count(f"rank {other} ended with 2\n") == 2 for other in range(4)), printed
+        assert all(printed.count(f"rank {other} ended with 2\n") == 3 for other in range(4)), printed
         return
     assert printed.count("error: ") == 1, printed
     assert re.search(r"error: .*last-00000002: its model differs: n_layers 1, not 2\n", printed), printed
