@@ -7,6 +7,7 @@ w = w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,11 +65,15 @@ class AdamW:
                 w *= keep
             w -= part
 
+        pieces.share(update, self._pieces(grads, 1 - lr * self.weight_decay))
+
+    def _pieces(self, grads: Arrays, keep: float) -> Iterator[tuple[Any, ...]]:
+        """Of each parameter w, g, m, v, some entries at a time, and what is left of w where it decays."""
         for name, w in self.params.items():
             decays = self.decay == "all" or w.ndim >= 2
-            keep = 1 - lr * self.weight_decay if decays else 1.0
-            flat = (array.reshape(-1) for array in (w, grads[name], self.m[name], self.v[name]))
-            pieces.run(lambda w, g, m, v, keep=keep: update(w, g, m, v, keep), *flat, together=True)
+            flat = [array.reshape(-1) for array in (w, grads[name], self.m[name], self.v[name])]
+            for start in range(0, w.size, pieces.PIECE):
+                yield *(array[start : start + pieces.PIECE] for array in flat), keep if decays else 1.0
 
     def state(self) -> dict[str, Any]:
         """The optimizer's memory: {"step": int, "m": name -> array, "v": name -> array}, not copied."""

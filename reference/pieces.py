@@ -9,7 +9,7 @@ result does not depend on how many pieces or threads there were.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache
@@ -19,37 +19,44 @@ import numpy as np
 PIECE = 1 << 17  # elements: few enough for a core's cache, so many that threads seldom wait for the interpreter
 
 
+def run(function: Callable[..., None], *arrays: np.ndarray) -> None:
+    """Call function(*pieces) for consecutive runs of rows of `arrays`, which all have the same number of rows.
+
+    The function writes its results into pieces, and must treat rows independently.
+    """
+    count = len(arrays[0])
+    width = max(1, max(array.size for array in arrays) // max(1, count))
+    step = max(1, PIECE // width)
+    for start in range(0, count, step):
+        function(*(array[start : start + step] for array in arrays))
+
+
+def share(function: Callable[..., None], work: Iterable[tuple]) -> None:
+    """Call function(*arguments), an array first, for each of `work`, on all cores: each takes what is next.
+
+    They must be independent of each other.
+    """
+    calls = list(work)
+    following = iter(calls)  # next() on it is atomic
+
+    def take() -> None:
+        for arguments in following:
+            function(*arguments)
+
+    threads = _threads() if sum(arguments[0].size for arguments in calls) > 4 * PIECE else None
+    # In a copy of the caller's context, so that its np.errstate holds there too.
+    helpers = [threads.submit(copy_context().run, take) for _ in range(threads._max_workers)] if threads else []
+    take()
+    for helper in helpers:
+        helper.result()
+
+
 @cache
 def _threads() -> ThreadPoolExecutor | None:
     """One worker beside the calling thread for each further core, or None where there is one core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
     return ThreadPoolExecutor(cores - 1, "pieces") if cores > 1 else None
-
-
-def run(function: Callable[..., None], *arrays: np.ndarray, together: bool = False) -> None:
-    """Call function(*pieces) for consecutive runs of rows of `arrays`, which all have the same number of rows.
-
-    The function writes its results into pieces, and must treat rows independently. `together`: all cores share them.
-    """
-    count = len(arrays[0])
-    width = max(1, max(array.size for array in arrays) // max(1, count))
-    step = max(1, PIECE // width)
-    starts = iter(range(0, count, step))  # next() on it is atomic: each thread takes the piece that is next
-
-    def work() -> None:
-        for start in starts:
-            function(*(array[start : start + step] for array in arrays))
-
-    threads = _threads() if together and count > step else None
-    if threads is None:
-        work()
-        return
-    # In a copy of the caller's context, so that its np.errstate holds there too.
-    helpers = [threads.submit(copy_context().run, work) for _ in range(threads._max_workers)]
-    work()
-    for helper in helpers:
-        helper.result()
 
 
 def rows(x: np.ndarray) -> np.ndarray:
