@@ -155,6 +155,8 @@ def _roofline(shown: Sequence[Result]) -> Figure:
 
 def _growth(shown: Sequence[tuple[Result, Any]]) -> Figure:
     """A panel for each axis: times and the fitted power for each contestant."""
+    from matplotlib.ticker import LogLocator
+
     axes_names = list(dict.fromkeys(fit[0] for _, fit in shown))
     columns = min(3, len(axes_names))
     rows = -(-len(axes_names) // columns)
@@ -180,6 +182,8 @@ def _growth(shown: Sequence[tuple[Result, Any]]) -> Figure:
         axis.set_yscale("log")
         axis.set_xticks(n, [_short(each) for each in n])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.set_xlabel(unit, fontsize=8)
         axis.set_ylabel("ms a step", fontsize=8)
         axis.legend(title="exponent, of the upper half", title_fontsize=7, fontsize=7, frameon=False)
