@@ -1,6 +1,7 @@
 """Settings that hold for all tests."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,9 @@ settings.load_profile("untimed")
 
 # Kernels run on the CPU, in the interpreter: Triton asks when it is imported, after this.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -334,8 +334,9 @@ def test_activations_of_a_block_counted_by_hand():
     setup = Setup(PRESETS["gpt2-small"], 1, 128, "numpy")
     kept = {term.tensor: term.bytes for term in activations(setup, 0)}
     per_token = 768 * (2 + 2 + 4 + 3 * 4)
-    assert sum(kept.values()) == 4 * (128 * per_token + 12 * 128 * 128 + 2 * 128)
-    assert kept["p"] == 4 * 12 * 128 * 128
+    scores = 64 * 64 + 64 * 128  # of the first queries, and of the others
+    assert sum(kept.values()) == 4 * (128 * per_token + 12 * scores + 2 * 128)
+    assert kept["p"] == 4 * 12 * scores
 
 
 # Work.
