@@ -487,9 +487,8 @@ def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:
     In the MLP: of the shortcut (B, T, C), the branch's result (B, T, C), and its hidden entries (B, T, M), before and
     after the activation, of two where it is gated. In attention: of the shortcut, the heads (B, H, T, D), q, k and v,
     and where scores exist of p (B, H, T, T), in PyTorch with and without dropout and before the softmax, in NumPy of a
-    block of them. If layers free
-    what they kept (`frees`), the down projection's input is gone by then, and in attention all that the MLP kept; and
-    with autograd shortcut and branch have one gradient, if it is of one type.
+    block of them. If layers free what they kept (`frees`), the down projection's input is gone by then, and in
+    attention all that the MLP kept; and with autograd shortcut and branch have one gradient, if it is of one type.
     """
     B, T, C, M = s.rows, s.length, s.config.emb_dim, s.config.mlp_dim
     H, G, D = s.config.n_heads, s.config.n_kv_heads, s.config.head_dim
