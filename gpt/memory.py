@@ -67,15 +67,17 @@ def _lines(path: Path) -> list[str]:
 
 @cache
 def keep_freed() -> None:
-    """Have it keep the memory that is freed, instead of returning it to the system after each large array.
+    """Have it keep the memory that is freed, instead of returning it to the system after each array.
 
     Each training step frees and allocates the same few hundred arrays, and returned memory comes back one page fault
-    for each 4 KiB, zeroed each time. Measured: an eighth of a step of a model 128 wide, next to nothing for one 768
-    wide.
+    for each 4 KiB, zeroed each time. Arrays of 4 MiB and more go back all the same: they come in huge pages, which
+    NumPy asks for from there on, and what is kept would have holes of their size. One heap for all threads, because a
+    heap of each thread's own has holes of its own: a quarter of all memory of a model 1,024 wide.
     """
     if mallopt := _function("mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+        mallopt(arena_max, 1)
+        mallopt(mmap_threshold, 4 << 20)
         mallopt(trim_threshold, 2**31 - 1)
 
 

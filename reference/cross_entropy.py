@@ -33,7 +33,9 @@ def forward(logits: np.ndarray, targets: np.ndarray, ignore_index: int = -100) -
 
     def sum_exp(x: np.ndarray, m: np.ndarray, z: np.ndarray) -> None:
         m[:] = x.max(axis=-1, keepdims=True)
-        z[:] = np.exp(x - m).sum(axis=-1, keepdims=True)
+        exponentials = x - m
+        np.exp(exponentials, out=exponentials)
+        z[:] = exponentials.sum(axis=-1, keepdims=True)
 
     pieces.run(sum_exp, x, m, z)
     losses = np.log(z[counted, 0]) - (x[counted, chosen] - m[counted, 0])

@@ -14,12 +14,13 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.polynomial.chebyshev import cheb2poly
 
 from reference import pieces
 
 C = math.sqrt(2 / math.pi)
 A = 0.044715
-_MOST = 80.0  # of -2 u: with 1 / (1 + exp(80)) no digit of y is left, and no float32 has overflowed
+_MOST = 80.0  # of -2 u, either way: with 1 / (1 + exp(80)) no digit of y is left, and no float32 has overflowed
 
 
 def forward(x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray, Any]:
@@ -46,14 +47,15 @@ def _tanh_forward(x: np.ndarray, e: np.ndarray, y: np.ndarray) -> None:
     e *= -2 * C * A
     e += -2 * C
     e *= x  # -2 u
-    np.minimum(e, _MOST, out=e)
+    np.clip(e, -_MOST, _MOST, out=e)
     np.exp(e, out=e)
     np.add(e, 1, out=y)
     np.divide(x, y, out=y)
 
 
 def _tanh_backward(dy: np.ndarray, x: np.ndarray, e: np.ndarray, dx: np.ndarray) -> None:
-    gate = 1 / (1 + e)
+    gate = e + 1
+    np.reciprocal(gate, out=gate)
     np.multiply(x, x, out=dx)
     dx *= 6 * A * C
     dx += 2 * C
@@ -88,18 +90,23 @@ def normal_cdf(x: np.ndarray) -> np.ndarray:
     """P(x) = erfc(-x / sqrt 2) / 2 to the last few digits of x's dtype, as NumPy has no error function.
 
     erfc(z) = exp(-z^2) f(t) with t = 2 / (2 + z), z >= 0, and f is smooth: a Chebyshev series in t gives it. Its
-    coefficients are computed below from the standard library's scalar erfc, so that there is no table to mistype.
+    coefficients are computed below from the standard library's scalar erfc, so that there is no table to mistype. They
+    fall so fast that the same polynomial in powers, which takes fewer operations, loses no digit: the powers'
+    coefficients add up to 1.01.
     """
     z = np.abs(x) * (1 / math.sqrt(2))
-    u = 2 / (2 + np.minimum(z, _Z_MAX))  # t, in [_T_MIN, 1]
+    u = 2 / (2 + np.clip(z, 0, _Z_MAX))  # t, in [_T_MIN, 1]
     u -= (1 + _T_MIN) / 2
     u *= 2 / (1 - _T_MIN)  # in [-1, 1]
-    series = _SERIES[:11] if x.dtype == np.float32 else _SERIES
-    b, b_next = np.zeros_like(z), np.zeros_like(z)  # Clenshaw's recurrence
-    for coefficient in series[:0:-1]:
-        b, b_next = 2 * u * b - b_next + coefficient, b
-    tail = (u * b - b_next + series[0]) * np.exp(-z * z) * 0.5  # P(-|x|)
-    return np.where(x > 0, 1 - tail, tail)
+    highest, *lower = _POWERS[x.dtype == np.float32]
+    tail = u * highest
+    for coefficient in lower[:-1]:  # Horner's rule
+        tail += coefficient
+        tail *= u
+    tail += lower[-1]
+    z *= z
+    tail *= np.exp(-z)  # P(-|x|)
+    return np.abs((x > 0) - tail)  # P(x) = 1 - P(-x)
 
 
 _Z_MAX = 10.0  # beyond it exp(-z^2) < 1e-43 leaves nothing to be right about
@@ -109,9 +116,11 @@ _T_MIN = 2 / (2 + _Z_MAX)
 def _chebyshev_series(n: int) -> list[float]:
     angles = [math.pi * (k + 0.5) / n for k in range(n)]
     zs = [2 / ((1 + _T_MIN + (1 - _T_MIN) * math.cos(angle)) / 2) - 2 for angle in angles]
-    values = [math.erfc(z) * math.exp(z * z) for z in zs]
+    values = [math.erfc(z) * math.exp(z * z) / 2 for z in zs]
     sums = [2 / n * sum(f * math.cos(j * a) for f, a in zip(values, angles, strict=True)) for j in range(n)]
     return [sums[0] / 2, *sums[1:]]
 
 
 _SERIES = _chebyshev_series(21)
+# The highest power first; in float32 fewer will do.
+_POWERS = {short: cheb2poly(_SERIES[:11] if short else _SERIES)[::-1].tolist() for short in (True, False)}

@@ -18,8 +18,9 @@ from reference import pieces
 
 def forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float = 1e-5) -> tuple[np.ndarray, Any]:
     """x (..., C), weight (C,), bias (C,) or None -> y (..., C), saved."""
-    h = x - x.mean(axis=-1, keepdims=True)  # (..., C)
-    variance = np.einsum("...c,...c->...", h, h)[..., None] / x.shape[-1]  # (..., 1)
+    C = x.shape[-1]
+    h = x - (x @ np.ones(C, x.dtype) / C)[..., None]  # (..., C)
+    variance = np.einsum("...c,...c->...", h, h)[..., None] / C  # (..., 1)
     rstd = 1 / np.sqrt(variance + eps)
     h *= rstd
     y = h * weight
@@ -31,11 +32,13 @@ def forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: flo
 def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """dy (..., C) -> dx (..., C), dweight (C,), dbias (C,) or None."""
     h, rstd, weight, has_bias = saved
+    C = h.shape[-1]
+    dy_h = dy * h
+    dweight = pieces.sum_rows(dy_h.reshape(-1, C))
+    dbias = pieces.sum_rows(dy.reshape(-1, C)) if has_bias else None
     dx = dy * weight  # g
-    g_along_h = np.einsum("...c,...c->...", dx, h)[..., None] / h.shape[-1]  # E[g h], (..., 1)
-    dx -= dx.mean(axis=-1, keepdims=True)
-    dx -= h * g_along_h
+    dx -= (dy @ weight / C)[..., None]  # E[g]
+    h_part = np.multiply(h, (dy_h @ weight / C)[..., None], out=dy_h)  # h E[g h]
+    dx -= h_part
     dx *= rstd
-    dy_rows = dy.reshape(-1, dy.shape[-1])
-    dweight = np.einsum("nc,nc->c", dy_rows, h.reshape(dy_rows.shape))
-    return dx, dweight, pieces.sum_rows(dy_rows) if has_bias else None
+    return dx, dweight, dbias

@@ -7,7 +7,7 @@ w = w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from reference import pieces
 
 Arrays = dict[str, np.ndarray]
+SMALL = 1 << 13  # entries: of parameters with fewer, a call for each takes longer than their numbers do
 
 
 class AdamW:
@@ -65,15 +66,34 @@ class AdamW:
                 w *= keep
             w -= part
 
-        pieces.share(update, self._pieces(grads, 1 - lr * self.weight_decay))
+        keep = {name: 1 - lr * self.weight_decay if self._decays(w) else 1.0 for name, w in self.params.items()}
+        large = [name for name, w in self.params.items() if w.size >= SMALL]
+        pieces.share(update, self._pieces(large, grads, keep))
+        for share in set(keep.values()):
+            small = [name for name, w in self.params.items() if w.size < SMALL and keep[name] == share]
+            if small:
+                self._together(update, small, grads, share)
 
-    def _pieces(self, grads: Arrays, keep: float) -> Iterator[tuple[Any, ...]]:
-        """Of each parameter w, g, m, v, some entries at a time, and what is left of w where it decays."""
-        for name, w in self.params.items():
-            decays = self.decay == "all" or w.ndim >= 2
-            flat = [array.reshape(-1) for array in (w, grads[name], self.m[name], self.v[name])]
-            for start in range(0, w.size, pieces.PIECE):
-                yield *(array[start : start + pieces.PIECE] for array in flat), keep if decays else 1.0
+    def _decays(self, w: np.ndarray) -> bool:
+        return self.decay == "all" or w.ndim >= 2
+
+    def _pieces(self, names: list[str], grads: Arrays, keep: dict[str, float]) -> Iterator[tuple[Any, ...]]:
+        """Of each of these parameters w, g, m, v, some entries at a time, and what is left of w where it decays."""
+        for name in names:
+            flat = [arrays[name].reshape(-1) for arrays in (self.params, grads, self.m, self.v)]
+            for start in range(0, flat[0].size, pieces.PIECE):
+                yield *(array[start : start + pieces.PIECE] for array in flat), keep[name]
+
+    def _together(self, update: Callable[..., None], names: list[str], grads: Arrays, keep: float) -> None:
+        """Update these parameters as one array, made of theirs."""
+        own = self.params, self.m, self.v
+        w, m, v, g = (np.concatenate([arrays[name].reshape(-1) for name in names]) for arrays in (*own, grads))
+        update(w, g, m, v, keep)
+        stop = 0
+        for name in names:
+            start, stop = stop, stop + self.params[name].size
+            for arrays, joined in zip(own, (w, m, v), strict=True):
+                arrays[name].reshape(-1)[:] = joined[start:stop]
 
     def state(self) -> dict[str, Any]:
         """The optimizer's memory: {"step": int, "m": name -> array, "v": name -> array}, not copied."""

@@ -27,9 +27,11 @@ def forward(x: np.ndarray, weight: np.ndarray, eps: float = 1e-6) -> tuple[np.nd
 def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray]:
     """dy (..., C) -> dx (..., C), dweight (C,)."""
     h, rstd, weight = saved
+    C = h.shape[-1]
+    dy_h = dy * h
+    dweight = pieces.sum_rows(dy_h.reshape(-1, C))
     dx = dy * weight  # g
-    g_along_h = np.einsum("...c,...c->...", dx, h)[..., None] / h.shape[-1]  # E[g h], (..., 1)
-    dx -= h * g_along_h
+    h_part = np.multiply(h, (dy_h @ weight / C)[..., None], out=dy_h)  # h E[g h]
+    dx -= h_part
     dx *= rstd
-    dy_rows = dy.reshape(-1, dy.shape[-1])
-    return dx, pieces.sum_rows(dy_rows * h.reshape(dy_rows.shape))
+    return dx, dweight

@@ -117,17 +117,17 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "layer norm without its mean term", "layer_norm",
-            "    dx -= dx.mean(axis=-1, keepdims=True)\n", "",
+            "    dx -= (dy @ weight / C)[..., None]  # E[g]\n", "",
             "layer_norm", "dx",
         ),
         (
             "layer norm without its variance term", "layer_norm",
-            "    dx -= h * g_along_h\n", "",
+            "    dx -= h_part\n", "",
             "layer_norm", "dx",
         ),
         (
             "variance over C - 1", "layer_norm",
-            "/ x.shape[-1]  # (..., 1)", "/ max(1, x.shape[-1] - 1)",
+            "/ C  # (..., 1)", "/ max(1, C - 1)",
             "layer_norm", "dx",
         ),
         (
@@ -137,7 +137,7 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "RMS norm without what it takes away along h", "rms_norm",
-            "    dx -= h * g_along_h\n", "",
+            "    dx -= h_part\n", "",
             "rms_norm", "dx",
         ),
         (

@@ -3,7 +3,8 @@ import pytest
 
 from reference import optim, pieces
 
-SHAPES = {"matrix": (7, 5), "vector": (11,), "row": (1, 13)}
+# Large ones are updated one by one, small ones together.
+SHAPES = {"matrix": (7, 5), "large": (96, 100), "vector": (11,), "row": (1, 13), "large vector": (optim.SMALL,)}
 
 
 def arrays(seed, scale=1.0, dtype=np.float64):
