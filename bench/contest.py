@@ -31,8 +31,12 @@ def summary(
         contestants[name] = {
             "seconds": stats.sample(each.sessions()),
             **{part: median(value for rounds in each.sessions(part) for value in rounds) for part in parts},
-            "peak_bytes": max(each.peaks),
+            "peak_bytes": each.bytes(),
         }
+        if each.last[0].get("libraries_bytes"):
+            beside = min(last["libraries_bytes"] for last in each.last)
+            plan = each.bytes("planned_bytes")
+            contestants[name]["of_plan"] = {"planned_bytes": plan, "ratio": (each.bytes() - beside) / plan}
     ratios = {}
     for ours in ENGINES:
         for theirs in taken:
@@ -92,6 +96,9 @@ def show(name: str, measured: Mapping[str, Any]) -> None:
         console.print(
             f"{name}: peak memory, numpy / torch: {memory['numpy / torch']:.2f}; at most {memory['target']:.2f}"
         )
+    for engine, figures in measured["contestants"].items():
+        if of_plan := figures.get("of_plan"):
+            console.print(f"{name}: {engine}'s memory, libraries apart, of what was planned: {of_plan['ratio']:.2f}")
     if "of_full" in measured:
         of = ", ".join(f"{engine} {ratio:.2f}" for engine, ratio in measured["of_full"].items())
         console.print(f"{name}: a step takes of one of the whole model: {of}; at most 1.00")

@@ -71,11 +71,15 @@ class Worker:
 
 @dataclass
 class Taken:
-    """What a contestant took: by session and round what the worker answered, its first answers and peaks of memory."""
+    """What a contestant took: by session and round what the worker answered, its first answers and its last."""
 
     rounds: list[list[dict[str, float]]] = field(default_factory=list)
     first: list[dict[str, float]] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
+    last: list[dict[str, int]] = field(default_factory=list)
+
+    def bytes(self, part: str = "peak_bytes") -> int:
+        """One part of the last answers, the most of all sessions."""
+        return max(last[part] for last in self.last)
 
     def sessions(self, part: str = "seconds") -> list[list[float]]:
         """One part of the answers, by session."""
@@ -107,7 +111,7 @@ def take_turns(
                             taken[name].rounds[-1].append(workers[name].ask("again"))
                     progress.advance(task)
                 for name, worker in workers.items():
-                    taken[name].peaks.append(worker.close()["peak_bytes"])
+                    taken[name].last.append(worker.close())
             finally:
                 for worker in workers.values():
                     worker.kill()

@@ -2,14 +2,15 @@
 
 Reads a case as JSON from standard input and answers with one JSON line when all is ready; then, for each line it
 reads, does the case's work, for so long that what came before has passed, and answers with the seconds that it took
-once, and its parts. The end of the input ends it, with the peak of its memory.
+once, and its parts. The end of the input ends it, with the peak of its memory, and of our engines with what of it is
+their libraries' and what was planned for the rest.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from gpt import memory, plan
+from gpt.data.workers import cores
 from gpt.engine import IGNORE, Batch, Examples, OptimizerConfig, Preferences, create_engine
 from gpt.generate import Sampling, Writer
 from reference.config import GPTConfig
@@ -30,6 +33,7 @@ from reference.torch_rng import Generator
 Work = Callable[[], dict[str, float]]
 LR, MAX_NORM = 1e-4, 1.0
 TURN = 0.4  # seconds
+ENGINES = ("numpy", "torch")  # of which there is a plan
 
 
 def train(case: dict[str, Any]) -> Work:
@@ -205,18 +209,41 @@ def in_a_row(work: Work) -> dict[str, float]:
     return {part: median(answer[part] for answer in answers) for part in first}
 
 
+TINY = GPTConfig(64, 8, 64, 1, 1)
+
+
+def without_model(case: dict[str, Any]) -> int | None:
+    """Bytes of this process when it has done such work on next to nothing: of the interpreter and its libraries."""
+    nothing = {"config": TINY.to_dict(), "batch": 1, "length": 8, "trained": (), "examples": "text"}
+    train({**case, **nothing})()
+    gc.collect()
+    memory.return_freed()
+    return memory.used_bytes()
+
+
+def planned(case: dict[str, Any]) -> int:
+    """Bytes of it that gpt/plan.py says a step takes, libraries apart."""
+    engine, trained = case["contestant"], tuple(case.get("trained", ()))
+    config = GPTConfig.from_dict(case["config"])
+    setup = plan.Setup(config, case["batch"], case["length"], engine, trained=trained, cores=cores())
+    return plan.memory(setup).peak
+
+
 WORK = {"train": train, "generate": generate, "product": product, "copy": copy}
 
 
 def main() -> None:
     case = json.loads(sys.stdin.readline())
+    last: dict[str, int | None] = {}
+    if case["work"] == "train" and case["contestant"] in ENGINES and case.get("examples", "text") == "text":
+        last = {"libraries_bytes": without_model(case), "planned_bytes": planned(case)}
     work = WORK[case["work"]](case)
     # The first time allocates memory, a training step its gradients and the optimizer's.
     first = work() if case.get("warm_up", True) else {}
     print(json.dumps(first), flush=True)
     for _ in sys.stdin:
         print(json.dumps(in_a_row(work)), flush=True)
-    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+    print(json.dumps({"peak_bytes": memory.peak_bytes() or 0, **last}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much memory is free, how a lack of it shows, and what glibc's allocator does with what is freed.
+"""How much memory is free and how much a process has, how a lack of it shows, and what glibc does with what is freed.
 
 On systems without glibc the last functions do nothing.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt.errors import is_installed
 
-__all__ = ["free_bytes", "free_on_gpu", "is_lacking", "keep_freed", "return_freed"]
+__all__ = ["free_bytes", "free_on_gpu", "is_lacking", "keep_freed", "peak_bytes", "return_freed", "used_bytes"]
 
 # Of a container: its limit, what it uses, and how much of that is files in memory, which make room. Versions 2 and 1.
 _CGROUPS = (
@@ -48,6 +48,21 @@ def free_on_gpu() -> int | None:
     import torch
 
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
+def used_bytes() -> int | None:
+    """What this process has now, as the system counts it; None where the system does not tell."""
+    return _of_process("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """The most that it had at any time. (getrusage's figure a process inherits from the one that began it.)"""
+    return _of_process("VmHWM")
+
+
+def _of_process(name: str) -> int | None:
+    lines = [line for line in _lines(Path("/proc/self/status")) if line.startswith(f"{name}:")]
+    return 1024 * int(lines[0].split()[1]) if lines else None
 
 
 def is_lacking(error: BaseException) -> bool:

@@ -39,7 +39,7 @@ def took(seconds):
     rounds = [
         [{"seconds": seconds * (1 + 0.1 * r), "gradients": 0.8 * seconds, "update": 0.2 * seconds} for r in range(3)]
     ]
-    return Taken(rounds, [{}], [10**8])
+    return Taken(rounds, [{}], [{"peak_bytes": 10**8, "libraries_bytes": 10**7, "planned_bytes": 15 * 10**7}])
 
 
 def case(settings, who, **more):
@@ -109,6 +109,9 @@ def test_a_page_has_each_kind_of_result_with_its_source(folder, capsys):
     assert text.count("No results yet") == 1, "of a GPU there is none"
     assert "none of a GPU is kept" in text
     assert "| PyTorch | 2,200 [2,100, 2,300] | 1,000 | 95 | 0.50 [0.50, 0.50] | 0.90: met |" in text
+    of_plan = "Memory, libraries apart, of what `twingrad plan` says: NumPy 0.60, PyTorch 0.60."
+    assert f"{of_plan}\n" in text
+    assert f"{of_plan} (Of steps of 100 MiB and more.)" in text
     assert "A step of the adapters takes 0.50 of a step of the whole model in NumPy and 0.60 in PyTorch" in text
     assert re.search(
         r"\| tokens \| 128 to 4,096 tokens in a step, .* \| NumPy \| 1\.25 \+- 0\.00 \| 1\.25 \+- 0\.00 \|", text

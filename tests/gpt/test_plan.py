@@ -262,30 +262,27 @@ def test_a_fused_loss_takes_what_was_planned(precision, monkeypatch):
 
 TRAINS = """
 import gpt
-import resource
 import numpy as np
 from gpt import parts
 from gpt.engine import Batch, create_engine
+from gpt.memory import peak_bytes
 from gpt.plan import Setup, memory
 from reference.config import GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
 
-def most():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-begin = most()
+begin = peak_bytes()
 config = GPTConfig(8_192, 256, 384, 6, 6, qkv_bias=True, tie_embeddings=True)
 engine = create_engine("numpy", config, initialize(config, Generator(1), "gpt2"))
 tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 257))
 for _ in range(8):
     engine.accumulate(Batch(tokens[:, :-1], tokens[:, 1:]))
     engine.step(1e-3, 1.0)
-print(memory(Setup(config, 2, 256, "numpy", cores=parts._threads())).peak, most() - begin)
+print(memory(Setup(config, 2, 256, "numpy", cores=parts._threads())).peak, peak_bytes() - begin)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count in other units, and keep what is freed")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
 def test_a_process_takes_what_was_planned():
     """As the system sees it: with the holes between arrays."""
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
