@@ -85,14 +85,14 @@ def keep_freed() -> None:
     """Have it keep the memory that is freed, instead of returning it to the system after each array.
 
     Each training step frees and allocates the same few hundred arrays, and returned memory comes back one page fault
-    for each 4 KiB, zeroed each time. Arrays of 4 MiB and more go back all the same: they come in huge pages, which
-    NumPy asks for from there on, and what is kept would have holes of their size. One heap for all threads, because a
-    heap of each thread's own has holes of its own: a quarter of all memory of a model 1,024 wide.
+    for each 4 KiB, zeroed each time. Arrays of 16 MiB and more go back all the same: what is kept would have holes of
+    their size, and NumPy asks for them in huge pages, which are few. And there is one heap for all threads, because
+    heaps of their own would have holes of their own: a quarter of all memory of a model 1,024 wide.
     """
     if mallopt := _function("mallopt"):
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8
         mallopt(arena_max, 1)
-        mallopt(mmap_threshold, 4 << 20)
+        mallopt(mmap_threshold, 16 << 20)
         mallopt(trim_threshold, 2**31 - 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +17,14 @@ from typing import Any, Generic, NoReturn, TypeVar, overload
 
 import numpy as np
 
+from gpt.data.loader import check_data
 from gpt.data.order import BatchOrder
-from gpt.data.text import read_blocks
+from gpt.data.text import read_blocks, read_bytes
 from gpt.engine import Batch, Preferences
 from gpt.errors import UserError
 from reference.torch_rng import Generator
 
-__all__ = ["Entries", "ExampleLoader", "Examples", "JsonEntries", "Subset", "number", "where"]
+__all__ = ["Entries", "ExampleLoader", "Examples", "JsonEntries", "Subset", "fingerprint", "number", "where"]
 
 LONGEST = 1 << 22  # characters of an entry
 BOM = "\ufeff"
@@ -37,6 +39,7 @@ class ExampleLoader(Generic[Example, Made]):
     """Batches of examples, in the order of PyTorch's DataLoader; see gpt.data.loader.Loader for iteration and state.
 
     `collate` makes a batch of a list of examples. Only a batch's examples are asked for, so they may be made then.
+    `data`: what tells the examples' source from another, which a saved position must be of; None: not known.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class ExampleLoader(Generic[Example, Made]):
         shuffle: bool,
         drop_last: bool,
         generator: Generator | None = None,
+        data: str | None = None,
     ) -> None:
         if not len(examples):
             raise UserError(
                 "there are no examples to train or evaluate on: the data set, or this split of it, is empty"
             )
         self.examples = examples
+        self.data = data
         self.collate: Callable[[list[Example]], Made] = collate
         self.order = BatchOrder(len(examples), batch_size, shuffle, drop_last, generator)
 
@@ -67,9 +72,10 @@ class ExampleLoader(Generic[Example, Made]):
         return map(self._batch, self.order.epoch())
 
     def state(self) -> dict[str, Any]:
-        return self.order.state()
+        return {"data": self.data, **self.order.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_data(state, self.data)
         self.order.load_state(state)
 
     def _batch(self, rows: np.ndarray) -> Made:
@@ -143,6 +149,15 @@ class JsonEntries(Sequence[Mapping[str, Any]]):
         if not isinstance(entry, dict):
             raise UserError(f"{self.path}: entry {row + 1} is no longer where it was: the file has been changed")
         return entry
+
+
+def fingerprint(*paths: Path) -> str:
+    """What tells these files from others: how many bytes they have, and their checksum."""
+    size = crc = 0
+    for path in paths:
+        for block in read_bytes(path):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return f"{size:,} bytes with checksum {crc:08x}"
 
 
 def number(entries: Entries, index: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpt import tokenizers
-from gpt.data.examples import ExampleLoader
+from gpt.data.examples import ExampleLoader, fingerprint
 from gpt.engine import IGNORE, Batch, Engine, create_engine
 from gpt.errors import UserError
 from gpt.finetune import classification as data
@@ -45,7 +45,8 @@ class Classify(Task):
 
     def __init__(self, config: ClassifyConfig, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None:
         self.config, self.tokenizer = config, tokenizer
-        rows = data.read_rows(data_file(config.data), config.labels)
+        path = data_file(config.data)
+        rows = data.read_rows(path, config.labels)
         used = data.balance(rows, config.train.seed) if config.balance else rows
         self.rows = data.split(used, config.train_fraction, config.validation_fraction, config.train.seed)
         train = data.Classification(
@@ -58,7 +59,7 @@ class Classify(Task):
         pad = end_token(tokenizer)
         collate = partial(data.collate, pad_id=pad, max_length=self.max_length, position=config.position)
         size, shuffle, drop = config.loader.batch_size, config.loader.shuffle, config.loader.drop_last
-        self.train_loader = ExampleLoader(train, collate, size, shuffle, drop, generator)
+        self.train_loader = ExampleLoader(train, collate, size, shuffle, drop, generator, fingerprint(path))
         self.validation_loader, self.test_loader = (
             ExampleLoader(part, collate, size, False, False, generator) for part in others
         )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt.data.examples import Entries, ExampleLoader, JsonEntries, Subset, number, where
+from gpt.data.examples import Entries, ExampleLoader, JsonEntries, Subset, fingerprint, number, where
 from gpt.engine import Engine
 from gpt.finetune import instructions as data
 from gpt.finetune.config import InstructConfig
@@ -45,7 +45,8 @@ class Instruct(Task):
             data.InstructionDataset(part, tokenizer, config.style, length, cache=config.keep_tokens)
             for part in (train, held_out)
         ]
-        self.train_loader = ExampleLoader(sets[0], collate, size, shuffle, drop, generator)
+        learnt = fingerprint(*self.files(config))
+        self.train_loader = ExampleLoader(sets[0], collate, size, shuffle, drop, generator, learnt)
         self.validation_loader = ExampleLoader(sets[1], collate, size, False, False, generator)
         self.held_out = held_out
         self.answerable, self.unanswered = self._prompts(model.context_length)
@@ -54,9 +55,13 @@ class Instruct(Task):
         self.data = f"{config.data}: {entries:,} entries, {len(sets[0]):,} to train on{too_long}"
         self.spec = {"kind": "instructions", "style": config.style}
 
+    def files(self, config: Any) -> list[Path]:
+        """Where the entries are."""
+        return [data_file(config.data)]
+
     def parts(self, config: Any) -> tuple[Entries, Entries, Entries]:
         """Entries to learn from, to measure the validation loss on, and to answer when training is done."""
-        entries = JsonEntries(data_file(config.data))
+        entries = JsonEntries(*self.files(config))
         train, validation, test = data.split(entries, config.train_fraction, config.test_fraction)
         return train, validation if len(validation) else test, test
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.chat import TEMPLATES
-from gpt.data.examples import Entries, ExampleLoader, JsonEntries, number, where
+from gpt.data.examples import Entries, ExampleLoader, JsonEntries, fingerprint, number, where
 from gpt.engine import Engine, Preferences
 from gpt.finetune import preferences as data
 from gpt.finetune.config import PreferConfig
@@ -42,7 +42,8 @@ class Prefer(Task):
 
     def __init__(self, config: PreferConfig, tokenizer: Tokenizer, model: GPTConfig, generator: Generator) -> None:
         self.config, self.tokenizer, self.pad = config, tokenizer, end_token(tokenizer)
-        entries: Entries = JsonEntries(data_file(config.data))
+        path = data_file(config.data)
+        entries: Entries = JsonEntries(path)
         total = len(entries)
         if config.drop_sources:
             entries = data.filter_sources(entries, config.drop_sources)
@@ -59,7 +60,7 @@ class Prefer(Task):
             data.collate, pad_id=self.pad, objective=config.objective, beta=config.beta, max_length=length
         )
         size, shuffle, drop = config.loader.batch_size, config.loader.shuffle, config.loader.drop_last
-        self.train_loader = ExampleLoader(self.sets[0], self.collate, size, shuffle, drop, generator)
+        self.train_loader = ExampleLoader(self.sets[0], self.collate, size, shuffle, drop, generator, fingerprint(path))
         self.validation_loader = ExampleLoader(self.sets[1], self.collate, size, False, False, generator)
         self.dropped = [entry for part in self.sets for entry in part.dropped]
         self.identical = [entry for part in self.sets for entry in part.identical]

@@ -229,11 +229,16 @@ class Workshop(Instruct):
                 f"got {wanted}"
             )
 
+    def files(self, config: RunConfig) -> list[Path]:
+        if config.val_split_fraction is None:
+            return [_split_file(Path(config.data), name) for name in ("train", "val")]
+        return [data_file(config.data)]
+
     def parts(self, config: RunConfig) -> tuple[Entries, Entries, Entries]:
         if config.val_split_fraction is None:
-            train, validation = (JsonEntries(_split_file(Path(config.data), name)) for name in ("train", "val"))
+            train, validation = map(JsonEntries, self.files(config))
             return train, validation, train[:0]
-        entries = JsonEntries(data_file(config.data))
+        entries = JsonEntries(*self.files(config))
         return *random_split(entries, config.val_split_fraction, config.split_seed), entries[:0]
 
     def settings(self, train: TrainConfig) -> TrainConfig:

@@ -128,8 +128,8 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
     if config.resume and checkpoint.find_checkpoint(out, "last"):
         world.together(trainer.resume)
         progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
-    model, tokens = trainer.engine.config.to_dict(), trainer.train_loader.state().get("data")
-    world.same_on_all({"model": model, "data": data, "tokens": tokens, "steps done": trainer.step}, "run")
+    run = {"model": trainer.engine.config.to_dict(), "data": data, "steps done": trainer.step}
+    world.same_on_all(run | {"content": trainer.train_loader.state().get("data")}, "run")
     _same_weights(trainer.engine)
     trainer.tracker = world.first(lambda: create_trackers(config.log_to, out, to_dict(config)))
     try:

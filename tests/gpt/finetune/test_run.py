@@ -74,6 +74,25 @@ def test_a_finished_run_may_go_on_and_ends_as_if_it_had_never_ended(task, flags,
         np.testing.assert_array_equal(array, load(other).params[name], err_msg=name)
 
 
+def test_data_that_changed_are_not_gone_on_with(flags, refused, twingrad, tmp_path):
+    words = list(map(str, flags))
+    place = words.index("--data") + 1
+    data = tmp_path / Path(words[place]).name
+    data.write_bytes(Path(words[place]).read_bytes())
+    words[place] = str(data)
+    twingrad(*words, "--steps", "2", "--out", tmp_path / "run")
+    changed = data.read_bytes()
+    at = changed.rindex(b"e")
+    data.write_bytes(changed[:at] + b"a" + changed[at + 1 :])
+    line = refused(*words, "--steps", "3", "--out", tmp_path / "run", "--resume")
+    found = re.search(
+        r"the data has changed .* it was (.*) with checksum (\w+), and is (.*) with checksum (\w+)$", line
+    )
+    assert found, line
+    assert found[1] == found[3] == f"{len(changed):,} bytes"
+    assert found[2] != found[4]
+
+
 def test_no_task_needs_torch(flags, tmp_path):
     arguments = [*map(str, flags), "--steps", "2", "--out", str(tmp_path / "run")]
     arguments[arguments.index("numpy")] = "auto"
