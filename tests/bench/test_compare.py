@@ -16,7 +16,7 @@ def taken(rng, seconds, mood, noise=0.02):
     """Five sessions of six rounds in the machine's mood (5, 6), and a little luck of one's own."""
     luck = rng.normal(0, noise, (5, 1)) + rng.exponential(noise, (5, 6))
     rounds = seconds * mood * np.exp(luck)
-    return Taken([[{"seconds": float(x)} for x in session] for session in rounds], [{}] * 5, [100] * 5)
+    return Taken([[{"seconds": float(x)} for x in session] for session in rounds], [{}] * 5, [{"peak_bytes": 100}] * 5)
 
 
 def document(seed, numpy=1.0, plain=1.2, wild=0.0, cases=("a", "b", "c"), **more):
