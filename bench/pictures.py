@@ -108,7 +108,7 @@ def _steps(shown: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
         axis.invert_yaxis()
         axis.set_xlim(0, 1.2 * max(ends))
         settings = case["settings"]
-        axis.set_title(f"{CASES.get(name, name)}, {settings['batch']} x {settings['length']} tokens", fontsize=9)
+        axis.set_title(f"{CASES.get(name, name)}\n{settings['batch']} x {settings['length']} tokens", fontsize=9)
         axis.set_xlabel("ms a step; line: quartiles", fontsize=8)
         _tidy(axis)
     return figure
