@@ -32,7 +32,7 @@ LABELS = {
     "numpy full": "NumPy, whole model",
     "torch full": "PyTorch, whole model",
 }
-MOSTLY = 100 * 2**20  # bytes of a step
+MOSTLY = 100 * 2**20  # bytes of a step beside which what libraries happen to keep does not count
 CASES = {
     "gpt2-small": "GPT-2 124M",
     "course-llama": "a Llama of 138M",
@@ -217,12 +217,13 @@ def _contests(found: Sequence[Result], wanted: Any) -> Iterator[str]:
             yield of_plan
 
 
-def _of_plan(cases: Collection[Mapping[str, Any]]) -> str:
-    """What memory steps took, in units of what `twingrad plan` says; "" where nothing was planned."""
+def _of_plan(cases: Collection[Mapping[str, Any]], least_bytes: int = 0) -> str:
+    """What memory steps took, in units of what `twingrad plan` says; "" where none of so many bytes was planned."""
     told = []
     for engine in ENGINES:
         each = [case["contestants"].get(engine, {}).get("of_plan") for case in cases]
-        if ratios := sorted(of_plan["ratio"] for of_plan in each if of_plan):
+        ratios = sorted(plan["ratio"] for plan in each if plan and plan["planned_bytes"] >= least_bytes)
+        if ratios:
             least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
             told.append(f"{LABELS[engine]} {least if least == most else f'{least} to {most}'}")
     return f"Memory, libraries apart, of what `twingrad plan` says: {', '.join(told)}." if told else ""
@@ -344,17 +345,12 @@ def _growth(found: Sequence[Result]) -> str:
             yield table(("size", *heads), rows)
             if told := "; ".join(_met(one.cases.values())):
                 yield f"NumPy's time is to be at most {told}."
-            if of_plan := _of_plan([c for c in one.cases.values() if _mostly_model(c)]):
+            if of_plan := _of_plan(one.cases.values(), MOSTLY):
                 yield f"{of_plan} (Of steps of {MOSTLY / 2**20:.0f} MiB and more.)"
         if picture := _picture(found, "growth"):
             yield picture
 
     return _section("Cost as the work grows", _with(found, "sweep"), lines(), "sweep --out bench/results/sweep.json")
-
-
-def _mostly_model(case: Mapping[str, Any]) -> bool:
-    """Whether a step's memory is such that what libraries happen to keep does not count."""
-    return all(each.get("of_plan", {}).get("planned_bytes", MOSTLY) >= MOSTLY for each in case["contestants"].values())
 
 
 def _met(cases: Collection[Mapping[str, Any]]) -> Iterator[str]:

@@ -33,7 +33,6 @@ from reference.torch_rng import Generator
 Work = Callable[[], dict[str, float]]
 LR, MAX_NORM = 1e-4, 1.0
 TURN = 0.4  # seconds
-ENGINES = ("numpy", "torch")  # of which there is a plan
 
 
 def train(case: dict[str, Any]) -> Work:
@@ -235,7 +234,7 @@ WORK = {"train": train, "generate": generate, "product": product, "copy": copy}
 def main() -> None:
     case = json.loads(sys.stdin.readline())
     last: dict[str, int | None] = {}
-    if case["work"] == "train" and case["contestant"] in ENGINES and case.get("examples", "text") == "text":
+    if case["work"] == "train" and case["contestant"] in plan.BLOCK and case.get("examples", "text") == "text":
         last = {"libraries_bytes": without_model(case), "planned_bytes": planned(case)}
     work = WORK[case["work"]](case)
     # The first time allocates memory, a training step its gradients and the optimizer's.

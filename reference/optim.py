@@ -69,10 +69,10 @@ class AdamW:
         keep = {name: 1 - lr * self.weight_decay if self._decays(w) else 1.0 for name, w in self.params.items()}
         large = [name for name, w in self.params.items() if w.size >= SMALL]
         pieces.share(update, self._pieces(large, grads, keep))
-        for share in set(keep.values()):
-            small = [name for name, w in self.params.items() if w.size < SMALL and keep[name] == share]
+        for part in set(keep.values()):
+            small = [name for name, w in self.params.items() if w.size < SMALL and keep[name] == part]
             if small:
-                self._together(update, small, grads, share)
+                self._together(update, small, grads, part)
 
     def _decays(self, w: np.ndarray) -> bool:
         return self.decay == "all" or w.ndim >= 2

@@ -18,19 +18,18 @@ ROOT = Path(__file__).parents[3]
 
 # Prints the peak of the process's memory before and after, and the CPU seconds of loading.
 MEASURE = """
-import resource, sys, time
+import sys, time
 import numpy as np
 from gpt.engine import create_engine
+from gpt.memory import peak_bytes
 from gpt.weights.load import load
 from reference import GPT, GPTConfig
 tiny = GPTConfig(5, 4, 4, 1, 1)
 create_engine(sys.argv[2], tiny, GPT.seeded(tiny, 1).params)  # brings in the libraries that loading needs
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, start = peak(), time.process_time()
+before, start = peak_bytes(), time.process_time()
 saved = load(sys.argv[1])
 engine = create_engine(sys.argv[2], saved.config, saved.params)
-print(before, peak(), time.process_time() - start)
+print(before, peak_bytes(), time.process_time() - start)
 logits = engine.logits(np.arange(3)[None])
 assert np.isfinite(logits).all()
 """
