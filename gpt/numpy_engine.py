@@ -50,7 +50,7 @@ class NumpyEngine:
         self.config, self._dtype, self._recompute = config, dtype, checkpoint_activations
         self._params = {name: np.array(params[name], dtype, order="C") for name in config.parameter_shapes()}
         self.trained = face.trained_names(config, optimizer.trained)
-        self._learns = frozenset(self.trained)
+        self._learns = None if len(self.trained) == len(self._params) else frozenset(self.trained)
         learning = {name: self._params[name] for name in self.trained}
         self._optimizer = optim.AdamW(
             learning, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay
@@ -111,7 +111,7 @@ class NumpyEngine:
         """Whether no logits are to be kept: where they are large, and the head's gradients of the parts are not."""
         tokens, head = math.prod(batch.shape), model.head_weight(self.config)
         large = tokens * self.config.n_outputs > LARGE and tokens > 4 * self.config.emb_dim
-        learns = head in self._learns and not self.config.adapts("head")
+        learns = head in self.trained and not self.config.adapts("head")
         return large and learns and not isinstance(batch, Preferences)
 
     def _forward(

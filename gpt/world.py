@@ -127,10 +127,12 @@ def remembered(what: str, timeout: float = TIMEOUT) -> bool:
 
 
 def launcher() -> str:
-    """What the user runs in the place of `twingrad`."""
-    return (
-        f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', size())} -m gpt" if size() > 1 else "twingrad"
-    )
+    """What the user runs in the place of `twingrad`, on each machine."""
+    if size() == 1:
+        return "twingrad"
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    where = f"--nnodes {machines} " if machines > 1 else ""
+    return f"torchrun {where}--nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', size())} -m gpt"
 
 
 def start(timeout: float = TIMEOUT) -> None:

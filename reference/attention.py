@@ -56,7 +56,7 @@ def forward(
             np.copyto(s[..., last], -np.inf, where=future)
         s -= np.maximum(s.max(axis=-1, keepdims=True), np.finfo(s.dtype).min)
         p = np.exp(s, out=s)
-        p /= np.maximum(p.sum(axis=-1, keepdims=True), np.finfo(p.dtype).tiny)
+        p /= np.maximum(pieces.dot_rows(p), np.finfo(p.dtype).tiny)
         dropped, kept = p, None
         if keep is not None:
             kept = keep[texts, heads, :, rows, keys]

@@ -1,7 +1,7 @@
 """Embedding, a table of rows: y = W[ids], the same as one_hot(ids) W without the product.
 
 forward    y[n] = W[ids[n]]
-backward   dW[v] = sum of dy[n] over all n with ids[n] = v
+backward   dW[v] = sum of dy[n] over all n with ids[n] = v      that is, dW = one_hot(ids)^T dy
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+BLOCK = 64  # ids at a time: of a few one_hot is small, and so are the sums a product instead of a loop
 
 
 def forward(ids: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -23,11 +25,10 @@ def backward(dy: np.ndarray, saved: Any, into: np.ndarray | None = None) -> np.n
     """dy (..., C) -> dweight (V, C). `into`: an array that dweight is added to, such as a tied head's gradient."""
     ids, shape = saved
     dweight = np.zeros(shape, dy.dtype) if into is None else into
-    flat = ids.ravel()
-    if flat.size == 0:
-        return dweight
-    order = np.argsort(flat, kind="stable")  # brings equal ids together, so that each run of them is one sum
-    ids_sorted = flat[order]
-    starts = np.flatnonzero(np.diff(ids_sorted, prepend=ids_sorted[0] - 1))
-    dweight[ids_sorted[starts]] += np.add.reduceat(dy.reshape(-1, shape[1])[order], starts, axis=0)
+    flat, rows = ids.ravel(), dy.reshape(-1, shape[1])
+    for start in range(0, flat.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        found, which = np.unique(flat[block], return_inverse=True)
+        one_hot = (which == np.arange(len(found))[:, None]).astype(dy.dtype)  # its rows that are not 0
+        dweight[found] += one_hot @ rows[block]
     return dweight

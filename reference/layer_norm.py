@@ -19,7 +19,7 @@ from reference import pieces
 def forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float = 1e-5) -> tuple[np.ndarray, Any]:
     """x (..., C), weight (C,), bias (C,) or None -> y (..., C), saved."""
     C = x.shape[-1]
-    h = x - (x @ np.ones(C, x.dtype) / C)[..., None]  # (..., C)
+    h = x - pieces.dot_rows(x) / C  # (..., C)
     variance = np.einsum("...c,...c->...", h, h)[..., None] / C  # (..., 1)
     rstd = 1 / np.sqrt(variance + eps)
     h *= rstd
@@ -37,8 +37,8 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray, np.nda
     dweight = pieces.sum_rows(dy_h.reshape(-1, C))
     dbias = pieces.sum_rows(dy.reshape(-1, C)) if has_bias else None
     dx = dy * weight  # g
-    dx -= (dy @ weight / C)[..., None]  # E[g]
-    h_part = np.multiply(h, (dy_h @ weight / C)[..., None], out=dy_h)  # h E[g h]
+    dx -= pieces.dot_rows(dy, weight) / C  # E[g]
+    h_part = np.multiply(h, pieces.dot_rows(dy_h, weight) / C, out=dy_h)  # h E[g h]
     dx -= h_part
     dx *= rstd
     return dx, dweight, dbias

@@ -187,7 +187,7 @@ def forward(
         y = project("head", x, head)
     else:
         y = run("loss", linear_cross_entropy, x, params[head], params.get("head.bias"), targets)
-    return y, (config, saved, positions, (B, T), trained, again if recompute else None, part)
+    return y, (config, saved, positions, (B, T), trained, first, again if recompute else None, part)
 
 
 def head_weight(config: GPTConfig) -> str:
@@ -216,7 +216,7 @@ def backward(
     `spare`: arrays by parameter name whose contents are no longer needed; a weight's gradient is written there rather
     than to fresh memory. Each is taken out of the mapping when it is used.
     """
-    config, saved, positions, (B, T), trained, again, part = saved
+    config, saved, positions, (B, T), trained, first, again, part = saved
     grads = {} if grads is None else grads
     spare = {} if spare is None else spare
 
@@ -315,7 +315,6 @@ def backward(
     if dx.shape[1] < T:
         dx_chosen, dx = dx, np.zeros((B, T, dx.shape[2]), dx.dtype)
         dx[:, positions] = dx_chosen
-    first = first_trained(config, trained)
     for i in reversed(range(max(first, 0), config.n_layers)):
         if again:
             again(i)

@@ -31,7 +31,7 @@ def backward(dy: np.ndarray, saved: Any) -> tuple[np.ndarray, np.ndarray]:
     dy_h = dy * h
     dweight = pieces.sum_rows(dy_h.reshape(-1, C))
     dx = dy * weight  # g
-    h_part = np.multiply(h, (dy_h @ weight / C)[..., None], out=dy_h)  # h E[g h]
+    h_part = np.multiply(h, pieces.dot_rows(dy_h, weight) / C, out=dy_h)  # h E[g h]
     dx -= h_part
     dx *= rstd
     return dx, dweight

@@ -101,13 +101,12 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "rows of a repeated id not added up", "embedding",
-            "np.add.reduceat(dy.reshape(-1, shape[1])[order], starts, axis=0)",
-            "dy.reshape(-1, shape[1])[order][starts]",
+            "one_hot @ rows[block]", "(one_hot * (one_hot.cumsum(axis=1) == 1)) @ rows[block]",
             "embedding", "dweight",
         ),
         (
             "tied head counted once", "embedding",
-            "dweight[ids_sorted[starts]] += np", "dweight[ids_sorted[starts]] = np",
+            "dweight[found] += one", "dweight[found] = one",
             "model tied", "tok_emb.weight",
         ),
         (
@@ -117,7 +116,7 @@ DEFECTS: tuple[Defect, ...] = tuple(
         ),
         (
             "layer norm without its mean term", "layer_norm",
-            "    dx -= (dy @ weight / C)[..., None]  # E[g]\n", "",
+            "    dx -= pieces.dot_rows(dy, weight) / C  # E[g]\n", "",
             "layer_norm", "dx",
         ),
         (

@@ -80,7 +80,7 @@ def test_the_command_shows_what_was_altered_and_what_caught_it(capsys):
     assert cli.main(["check", "--defects", "embedding"]) == 0
     shown = capsys.readouterr().out
     assert "tied head counted once  (reference/embedding.py)" in shown
-    assert "    - dweight[ids_sorted[starts]] += np" in shown
-    assert "    + dweight[ids_sorted[starts]] = np" in shown
+    assert "    - dweight[found] += one" in shown
+    assert "    + dweight[found] = one" in shown
     assert "    caught: model tied [float64] gradients: tok_emb.weight is off by " in shown
     assert "2 of 2 defects caught" in shown
