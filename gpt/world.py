@@ -7,7 +7,7 @@ Without torchrun there is one process, every function here does what one process
 What is exchanged at every step goes through the process group (gloo on the CPU, NCCL on GPUs), where nobody waits for
 longer than its timeout. A process that dies is noticed at once, because its connections close. While the first process
 does what takes as long as it takes, such as encoding a corpus or writing a checkpoint, the others wait in a group of
-their own, which has no limit.
+their own, which has no limit while machines answer: that they do, their systems see to by TCP's keep-alive.
 
 The store in which they find each other is torchrun's, and outlives them: processes that it starts anew, after a failure
 (--max-restarts), would find there what those before them wrote, addresses that nobody listens to any more. So the keys
@@ -25,6 +25,8 @@ import itertools
 import os
 import re
 import signal
+import socket
+import stat
 import threading
 import time
 import uuid
@@ -164,7 +166,9 @@ def start(timeout: float = TIMEOUT) -> None:
         name = _name_this_start(store, timeout)
         met = PrefixStore(f"twingrad/{name}/group", _meet(timeout))
         dist.init_process_group(backend, store=met, rank=rank(), world_size=size(), timeout=limit)
+        before = _descriptors()
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _keep_alive(_descriptors() - before, timeout)
     except (RuntimeError, ValueError) as error:
         raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
     _group = _Group(PrefixStore(f"twingrad/{name}", store), name, patient, device)
@@ -334,6 +338,30 @@ def _before_the_start(timeout: float) -> Any:
     from torch.distributed.distributed_c10d import PrefixStore
 
     return PrefixStore(f"twingrad/before/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _descriptors() -> set[int]:
+    """The numbers of this process's open files and connections; none where the system does not tell."""
+    try:
+        return {int(name) for name in os.listdir("/dev/fd")}
+    except OSError:
+        return set()
+
+
+def _keep_alive(descriptors: set[int], timeout: float) -> None:
+    """Have the system close those connections among them at whose other end no machine has answered for so long."""
+    seconds = min(round(timeout), 32_767)  # the most that systems take
+    options = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 10, "TCP_KEEPCNT": 5}
+    options |= {"TCP_USER_TIMEOUT": 1000 * seconds}  # of what was sent; in milliseconds
+    options = {name: max(1, value) for name, value in options.items() if hasattr(socket, name)}
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # one that is closed by now, or that takes no such options
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in options.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _name_this_start(store: Any, timeout: float) -> str:

@@ -210,7 +210,7 @@ study.section({
         if (step + 1 === count()) inside.append(same("dk"), same("dv"));
       }
     }
-    const same = (name) => el("p", {}, study.badge(`${name} is ordinary attention’s, off by ${number(head.errors[name], 2)} of its largest entry`, head.errors[name] <= 1e-12));
+    const same = (name) => el("p", {}, study.badge(`${name} is ordinary attention’s, off by ${number(head.errors[name], 2)} of ${name === "y" ? "its" : "the gradients’"} largest entry`, head.errors[name] <= 1e-12));
 
     const tiles = Math.ceil(T / data.tile);
     element.append(el("p", { class: "small muted" }, `Tiles of ${data.tile} by ${data.tile}. Those above the diagonal, which no query sees, are never computed: ${tiles * (tiles + 1) / 2} of ${tiles * tiles} are.`));

@@ -118,4 +118,5 @@ def test_one_token():
     one = flash_of(fresh_pass(small_config(), length=1))["heads"][0]
     assert one["forward"]["rows"] == [[0, 1]]
     assert unpack(one["forward"]["p"])[0, 0, 0] == 1
-    assert max(one["errors"].values()) == 0
+    assert one["errors"]["y"] == 0
+    assert max(one["errors"].values()) <= 1e-15  # dq and dk are 0, or what rounding leaves of 0

@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ ROOT = Path(__file__).parents[3]
 WORKER = str(Path(distributed_worker.__file__).relative_to(ROOT))
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 30
 TINY = PRESETS["bytes-tiny"]
+ADDRESSES = ["10.9.7.1", "10.9.7.2"]
 SETTINGS = [
     "--preset", "bytes-tiny", "--model.attn_dropout", "0.1", "--model.emb_dropout", "0.1", "--max_length", "16",
     "--batch_size", "5", "--drop_last", "false", "--accumulation", "2", "--dtype", "float64", "--schedule", "constant",
@@ -43,13 +46,26 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def torchrun(processes: int, *words: str, restarts: int = 0) -> subprocess.Popen:
+class Machine(NamedTuple):
+    """One of two that are joined by a cable: a network of its own on this one."""
+
+    namespace: str
+    address: str
+    interface: str
+
+
+def torchrun(processes: int, *words: str, restarts: int = 0, on: Machine | None = None) -> subprocess.Popen:
     """torchrun, each process with one thread; its standard output and error in one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--max-restarts", str(restarts)]
     port = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # any that is free
+    if on:
+        environment["GLOO_SOCKET_IFNAME"] = on.interface
+        host = ["--rdzv_conf", f"is_host={int(on.address == ADDRESSES[0])}", "--local_addr", on.address]
+        port = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"{ADDRESSES[0]}:29500", *host]
+        command = ["ip", "netns", "exec", on.namespace, *command]
     return subprocess.Popen(
         [*command, *port, *words],
         cwd=ROOT,
@@ -238,6 +254,67 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
     logs = [read_log(folder) for folder in (out, tmp_path / "whole")]
     for column in ("step", "tokens", "lr", "loss", "train_loss", "val_loss"):
         np.testing.assert_allclose(logs[0][column], logs[1][column], rtol=1e-6, err_msg=column)
+
+
+@pytest.fixture
+def machines() -> Iterator[list[Machine]]:
+    """Two machines, as far as the network goes."""
+    names = [f"twingrad{os.getpid()}{end}" for end in "ab"]
+    both = [Machine(name, address, f"end{i}") for i, (name, address) in enumerate(zip(names, ADDRESSES, strict=True))]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"networks of its own need iproute2 and root ({error})")
+    try:
+        ip("link", "add", "end0", "netns", names[0], "type", "veth", "peer", "name", "end1", "netns", names[1])
+        for machine in both:
+            ip("-n", machine.namespace, "addr", "add", f"{machine.address}/24", "dev", machine.interface)
+            for interface in ("lo", machine.interface):
+                ip("-n", machine.namespace, "link", "set", interface, "up")
+        yield both
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_machines_go_on_by_themselves(machines, tmp_path, text):
+    """A process is killed on one machine, then on the other, then nothing comes through the cable for a while."""
+    words = ["--data", text, *SETTINGS, "--engine", "torch", "--steps", "100000", "--timeout", "10"]
+    words += ["--out", str(tmp_path / "run")]
+
+    def goes_on(process: subprocess.Popen) -> str:  # until after the next checkpoint
+        return "".join(until(process, pattern) for pattern in (r"Goes on after step \d+ of", *3 * [r"Train loss"]))
+
+    both = [torchrun(1, WORKER, "train", str(tmp_path), *words, restarts=5, on=machine) for machine in machines]
+    try:
+        printed = until(both[0], r"Step 000004\)")
+        for rank in (1, 0):
+            os.kill(int((tmp_path / f"{rank}.pid").read_text()), signal.SIGKILL)
+            printed += goes_on(both[0])
+        cable = ["ip", "-n", machines[0].namespace, "link", "set", machines[0].interface]
+        subprocess.run([*cable, "down"], check=True)
+        printed += until(both[0], r"error: rank 0: lost contact with rank 1")
+        subprocess.run([*cable, "up"], check=True)
+        printed += goes_on(both[0])
+        steps = [int(step) for step in re.findall(r"Goes on after step (\d+) of", printed)]
+        assert len(steps) == 3, printed
+        assert 0 < steps[0] < steps[1] < steps[2], printed
+        assert "go on with: torchrun --nnodes 2 --nproc_per_node 1 -m gpt train" in printed
+        for process in both:
+            process.send_signal(signal.SIGINT)
+        printed = both[0].communicate(timeout=60)[0]
+        assert "Stopped by Ctrl-C after" in printed, printed
+        assert load_checkpoint(tmp_path / "run").state["step"] > steps[-1]
+    finally:
+        for process in both:
+            process.terminate()
+            process.communicate()
 
 
 @pytest.fixture
