@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     against.add_argument("--json", action="store_true", help="print the comparison as JSON")
     page = commands.add_parser("report", help="bench/RESULTS.md, its plots and the README's figures, from results kept")
-    page.add_argument("--results", type=Path, default=results.FOLDER, help="the folder of results (bench/results)")
+    page.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="the folder of results (bench/results), beside which the page goes: of results-xeon, RESULTS-XEON.md",
+    )
     page.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
     return parser
 

@@ -61,12 +61,12 @@ class Result:
     def cases(self) -> Mapping[str, Any]:
         return self.document["cases"]
 
-    def source(self, prefix: str = "results") -> str:
+    def source(self) -> str:
         """Which file, when, where, of which code, with which versions: a line."""
         of = self.document
         versions = [f"Python {of['python']}", *(f"{name} {v}" for name, v in of["versions"].items() if v)]
         note = f"; {of['note']}" if of.get("note") else ""
-        link = f"[{self.path.name}]({prefix}/{self.path.name})"
+        link = f"[{self.path.name}]({self.path.parent.name}/{self.path.name})"
         return (
             f"{link}: {of['date'][:10]}, commit {results.state(of)}, {results.machine(of)}; {', '.join(versions)}{note}"
         )
@@ -79,13 +79,18 @@ def load(folder: Path) -> list[Result]:
     return [Result(path, results.read(path)) for path in sorted(folder.glob("*.json"))]
 
 
+def page_of(folder: Path) -> Path:
+    """Beside a folder of results, the page of them: results -> RESULTS.md, results-xeon -> RESULTS-XEON.md."""
+    return folder.resolve().with_name(f"{folder.resolve().name.upper()}.md")
+
+
 def main(folder: Path, check: bool) -> int:
     """Write the page beside the folder, plots into it, and the README's figures where it is the project's own folder.
 
     With `check`: write nothing; 1, and a line for each, where a text is not what would be written.
     """
     found = load(folder)
-    texts = {folder.parent / "RESULTS.md": page(found)}
+    texts = {page_of(folder): page(found)}
     if folder.resolve() == results.FOLDER.resolve():
         texts[README] = with_figures(README.read_text(encoding="utf-8"), figures(found))
     if check:
@@ -115,9 +120,9 @@ PREPARING = (
 
 
 def page(found: Sequence[Result]) -> str:
-    """RESULTS.md, whole."""
+    """The page, whole."""
     parts = [
-        "# Results\n\n<!-- made by python -m bench report from bench/results/*.json: edit neither -->\n",
+        f"# Results\n\n<!-- made by python -m bench report from {_folder(found)}/*.json: edit neither -->\n",
         "Medians of rounds that all contestants took in turns, each in a process of its own, float32; in brackets the\n"
         "quartiles. A ratio is taken round by round: below 1, NumPy took less time than the peer. How results are\n"
         "compared says [compare.py](compare.py), what work counts [work.py](work.py), who the peers are\n"
@@ -144,6 +149,11 @@ def _section(title: str, sources: Sequence[Result], lines: Iterator[str], comman
     if not body:
         return f"## {title}\n\nNo results yet. They come by `python -m bench {command}`.\n"
     return "\n\n".join([f"## {title}", *body, "\n".join(f"- {one.source()}" for one in sources)]) + "\n"
+
+
+def _folder(found: Sequence[Result]) -> str:
+    """The name of the folder that they lie in."""
+    return found[0].path.parent.name if found else results.FOLDER.name
 
 
 def _with(found: Sequence[Result], kind: str, wanted: Any = None) -> list[Result]:
@@ -460,11 +470,11 @@ def _on_gpu(one: Result) -> Iterator[str]:
         rows.append([f"{m['operator']} {m['direction']}", size, m["peer"], times, rate, f"{m['of_ceiling']:.0%}"])
     yield table(("operator", "size", "peer", "ms", "rate", "of ceiling"), rows)
     for path in sorted(one.path.parent.glob(f"{one.path.stem}-*.png")):
-        yield f"![{path.stem}](results/{path.name})"
+        yield f"![{path.stem}]({one.path.parent.name}/{path.name})"
 
 
 def _picture(found: Sequence[Result], name: str) -> str:
-    return f"![{pictures.TITLES[name]}](results/{name}.png)" if pictures.can_draw(name, found) else ""
+    return f"![{pictures.TITLES[name]}]({_folder(found)}/{name}.png)" if pictures.can_draw(name, found) else ""
 
 
 # The README.

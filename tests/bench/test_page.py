@@ -13,9 +13,12 @@ from bench.process import Taken
 from bench.sweep import AXES
 from gpt.errors import UserError
 
+FOLDERS = sorted(results.HERE.glob("results*/"))
 
-def test_the_committed_page_and_readme_are_what_the_committed_results_give(capsys):
-    assert bench.main(["report", "--check"]) == 0, capsys.readouterr().err
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_committed_page_and_readme_are_what_the_committed_results_give(folder, capsys):
+    assert bench.main(["report", "--check", "--results", str(folder)]) == 0, capsys.readouterr().err
 
 
 def test_the_readme_quotes_no_figures_but_those():
@@ -27,8 +30,9 @@ def test_the_readme_quotes_no_figures_but_those():
     assert not re.findall(r"\d+\.\d+|\d+ ?(?:ms|MiB|GiB|%|tokens)", prose)
 
 
-def test_every_plot_that_a_page_shows_is_there():
-    text = (results.FOLDER.parent / "RESULTS.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_plot_that_a_page_shows_is_there(folder):
+    text = page.page_of(folder).read_text(encoding="utf-8")
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert shown
     for name in shown:
