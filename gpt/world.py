@@ -166,9 +166,8 @@ def start(timeout: float = TIMEOUT) -> None:
         name = _name_this_start(store, timeout)
         met = PrefixStore(f"twingrad/{name}/group", _meet(timeout))
         dist.init_process_group(backend, store=met, rank=rank(), world_size=size(), timeout=limit)
-        before = _descriptors()
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        _keep_alive(_descriptors() - before, timeout)
+        with _answered(timeout):
+            patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
     _group = _Group(PrefixStore(f"twingrad/{name}", store), name, patient, device)
@@ -317,7 +316,8 @@ def _meet(timeout: float) -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, _, _ = next(rendezvous("env://", rank(), size(), timeout=timedelta(seconds=timeout)))
+        with _answered(timeout):
+            store, _, _ = next(rendezvous("env://", rank(), size(), timeout=timedelta(seconds=timeout)))
     except (RuntimeError, ValueError) as error:
         raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
     store.set_timeout(timedelta(seconds=timeout))
@@ -340,28 +340,31 @@ def _before_the_start(timeout: float) -> Any:
     return PrefixStore(f"twingrad/before/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _descriptors() -> set[int]:
-    """The numbers of this process's open files and connections; none where the system does not tell."""
-    try:
-        return {int(name) for name in os.listdir("/dev/fd")}
-    except OSError:
-        return set()
+def _connections() -> set[int]:
+    """The descriptors of this process's sockets; none where the system does not tell."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):  # that of the list itself is closed by now
+                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                    found.add(int(name))
+    return found
 
 
-def _keep_alive(descriptors: set[int], timeout: float) -> None:
-    """Have the system close those connections among them at whose other end no machine has answered for so long."""
+@contextlib.contextmanager
+def _answered(timeout: float) -> Iterator[None]:
+    """Have the system close connections that begin within it, once no machine has answered at the other end so long."""
+    before = _connections()
+    yield
     seconds = min(round(timeout), 32_767)  # the most that systems take
     options = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 10, "TCP_KEEPCNT": 5}
     options |= {"TCP_USER_TIMEOUT": 1000 * seconds}  # of what was sent; in milliseconds
     options = {name: max(1, value) for name, value in options.items() if hasattr(socket, name)}
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):  # one that is closed by now, or that takes no such options
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as connection:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in options.items():
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    for descriptor in _connections() - before:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in options.items():
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _name_this_start(store: Any, timeout: float) -> str:

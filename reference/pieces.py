@@ -75,7 +75,10 @@ def sum_rows(x: np.ndarray) -> np.ndarray:
 
 
 def dot_rows(x: np.ndarray, w: np.ndarray | None = None) -> np.ndarray:
-    """x (..., C), w (C,) or all ones -> (..., 1), of each row the product with w. (During @ no other thread runs.)"""
+    """x (..., C), w (C,) or all ones -> (..., 1), of each row the product with w.
+
+    Not by @, which keeps the interpreter's lock where it multiplies a matrix and a vector.
+    """
     C = x.shape[-1]
     return np.dot(x.reshape(-1, C), _ones(C, x.dtype) if w is None else w).reshape(*x.shape[:-1], 1)
 

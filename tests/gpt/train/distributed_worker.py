@@ -6,6 +6,7 @@ torchrun ... distributed_worker.py train PIDS ...       `twingrad train ...`, ea
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,10 @@ if __name__ == "__main__":
     if command == "train":
         Path(target, f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
         raise SystemExit(main(["train", *arguments]))
+    if command == "wait":
+        world.start(float(target))
+        with world.contact():
+            world.first(lambda: print("computes", flush=True) or time.sleep(300))
     world.start(120)
     ops.LOGITS = 0  # heads' losses in chunks, as those of many logits are
     parts = {}

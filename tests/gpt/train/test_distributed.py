@@ -282,6 +282,18 @@ def machines() -> Iterator[list[Machine]]:
             ip("netns", "delete", name)
 
 
+def end(both: list[subprocess.Popen]) -> None:
+    """torchrun itself may wait for the other machine's, which does not answer, and hears no signal meanwhile."""
+    for process in both:
+        process.terminate()
+    for process in both:
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.slow
 def test_two_machines_go_on_by_themselves(machines, tmp_path, text):
     """A process is killed on one machine, then on the other, then nothing comes through the cable for a while."""
@@ -312,9 +324,20 @@ def test_two_machines_go_on_by_themselves(machines, tmp_path, text):
         assert "Stopped by Ctrl-C after" in printed, printed
         assert load_checkpoint(tmp_path / "run").state["step"] > steps[-1]
     finally:
-        for process in both:
-            process.terminate()
-            process.communicate()
+        end(both)
+
+
+@pytest.mark.slow
+def test_a_machine_that_falls_silent_is_not_waited_for(machines):
+    """The first process computes something, for which there is no limit; the other one's machine loses contact."""
+    both = [torchrun(1, WORKER, "wait", "10", on=machine) for machine in machines]
+    try:
+        until(both[0], r"computes")
+        cable = ["ip", "-n", machines[0].namespace, "link", "set", machines[0].interface, "down"]
+        subprocess.run(cable, check=True)
+        until(both[1], r"rank 1: lost contact with rank 0")
+    finally:
+        end(both)
 
 
 @pytest.fixture
