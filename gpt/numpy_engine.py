@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from gpt import engine as face
-from gpt import memory, parts
+from gpt import learner, memory, parts
+from gpt.crew import Crew
 from gpt.engine import (
     IGNORE,
     Arrays,
@@ -24,8 +24,9 @@ from gpt.engine import (
     TokenLogps,
     Trace,
 )
+from gpt.learner import Job, Learner, Setup
 from gpt.work import spans
-from reference import cross_entropy, dpo, model, optim, orpo, token_logps
+from reference import model, optim, token_logps
 from reference.cache import Cache
 from reference.config import GPTConfig
 from reference.philox import PhiloxNoise
@@ -48,55 +49,44 @@ class NumpyEngine:
     ) -> None:
         face.check_arrays(params, config.parameter_shapes())
         self.config, self._dtype, self._recompute = config, dtype, checkpoint_activations
-        self._params = {name: np.array(params[name], dtype, order="C") for name in config.parameter_shapes()}
         self.trained = face.trained_names(config, optimizer.trained)
-        self._learns = None if len(self.trained) == len(self._params) else frozenset(self.trained)
-        learning = {name: self._params[name] for name in self.trained}
-        self._optimizer = optim.AdamW(
-            learning, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay
-        )
-        self._grads: Arrays = {}
-        self._spare: Arrays = {}  # the last step's gradients: memory for the next one's
+        setup = Setup(config, self.trained, optimizer, dtype, checkpoint_activations)
+        shapes = config.parameter_shapes()
+        gradients = sum(math.prod(shapes[name]) for name in self.trained) * np.dtype(dtype).itemsize
+        self._apart = parts.are_apart(gradients, parts.threads())
+        self._team: Threads | Crew = Crew(setup) if self._apart else Threads(setup)
+        self._params, self._optimizer = self._team.params, self._team.optimizer
+        for name, array in self._params.items():
+            array[...] = params[name]
 
     def loss(self, batch: Examples) -> float:
         face.check_batch(batch, self.config)
-        fused = self._fuses(batch)
-
-        def loss(part: parts.Part) -> float:
-            own = _share(batch, part.share)
-            return self._forward(own, part, keep=False, fused=fused)[0] * own.counted / max(1, batch.counted)
-
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the loss
-            return sum(parts.run(loss, self._shares(batch)))
+        return self._team.loss(self._jobs(batch))
 
     def accumulate(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None, last: bool = True) -> float:
         face.check_batch(batch, self.config)
         face.check_noise(noise, self._recompute)
         memory.keep_freed()
-        fused = self._fuses(batch)
-
-        def learn(part: parts.Part) -> float:
-            own, own_noise = _share(batch, part.share), noise
-            if isinstance(noise, PhiloxNoise):
-                own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + part.share.examples.start)
-            fraction = own.counted / max(1, batch.counted)
-            loss, backward = self._forward(own, part, own_noise, fused=fused)
-            if not np.isfinite(loss):
-                raise FloatingPointError(loss)
-            backward(weight * fraction)
-            return loss * fraction
-
         try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                return sum(parts.run(learn, self._shares(batch, noise)))
+            return self._team.learn(self._jobs(batch, weight, noise))
         except FloatingPointError as error:
             loss = error.args[0]
             self.forget_gradients()  # to which another part may have added its own
         raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
 
-    def threads(self, batch: Examples) -> int:
-        """How many compute this batch at once, without dropout."""
+    def parts_of(self, batch: Examples) -> int:
+        """Into how many parts it is divided, without dropout."""
         return len(self._shares(batch))
+
+    def _jobs(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> list[Job]:
+        """One for each part."""
+        fused, jobs = self._fuses(batch), []
+        for share in self._shares(batch, noise):
+            own, own_noise = _share(batch, share), noise
+            if isinstance(noise, PhiloxNoise):
+                own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + share.examples.start)
+            jobs.append(Job(share, own, own.counted / max(1, batch.counted), fused, weight, own_noise))
+        return jobs
 
     def _shares(self, batch: Examples, noise: Noise | None = None) -> list[parts.Share]:
         """What each part has. Masks of a stream, and those of pairs, are for all examples together."""
@@ -105,7 +95,7 @@ class NumpyEngine:
             return [parts.Share(slice(0, batch.examples))]
         whole = drops or pairs or self._recompute
         split = parts.whole if whole else partial(spans, self.config, batch.shape[1])
-        return parts.divide(batch.examples, math.prod(batch.shape) * self.config.emb_dim, split)
+        return parts.divide(batch.examples, math.prod(batch.shape) * self.config.emb_dim, split, self._apart)
 
     def _fuses(self, batch: Examples) -> bool:
         """Whether no logits are to be kept: where they are large, and the head's gradients of the parts are not."""
@@ -113,28 +103,6 @@ class NumpyEngine:
         large = tokens * self.config.n_outputs > LARGE and tokens > 4 * self.config.emb_dim
         learns = head in self.trained and not self.config.adapts("head")
         return large and learns and not isinstance(batch, Preferences)
-
-    def _forward(
-        self, batch: Examples, part: parts.Part, noise: Noise | None = None, keep: bool = True, fused: bool = False
-    ) -> tuple[float, Callable[[float], None]]:
-        """The mean loss, and what adds the gradient of so many times it to the others."""
-        y, saved = model.forward(
-            self._params, self.config, batch.inputs, noise, keep=keep, trained=self._learns,
-            targets=batch.targets if fused else None, recompute=self._recompute, part=part,
-        )  # fmt: skip
-        loss, saved_loss = (y, None) if fused else _loss(y, batch)
-        del y
-
-        def gradient(weight: float) -> Any:
-            """Of the logits, which are free then, or of the loss itself."""
-            nonlocal saved_loss
-            of_loss, saved_loss = saved_loss, None
-            return weight if fused else _loss_gradient(weight, of_loss, batch)
-
-        def backward(weight: float) -> None:
-            model.backward(gradient(weight), saved, self._grads, self._spare)
-
-        return float(loss), backward
 
     def token_logps(self, batch: Examples) -> TokenLogps:
         face.check_tokens(batch.inputs, self.config)
@@ -145,24 +113,22 @@ class NumpyEngine:
         return TokenLogps(logps.astype(np.float64), best)
 
     def gradients(self) -> Arrays:
-        return self._grads
+        return self._team.gradients()
 
     def gradient_norm(self) -> float:
-        return optim.global_norm(self._grads)
+        return self._team.norm()
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
         norm = self.gradient_norm()
         if not math.isfinite(norm):
-            wrong = [name for name, gradient in self._grads.items() if not np.isfinite(gradient).all()]
+            wrong = [name for name, gradient in self.gradients().items() if not np.isfinite(gradient).all()]
             where = wrong[0] if wrong else "its sum of squares"
             raise NonFiniteError(f"the gradient's norm is {norm}, first in {where}")
-        scale = 1.0 if max_norm is None else optim.clip_scale(norm, max_norm)
-        self._optimizer.step(self._grads, lr, scale)
-        self.forget_gradients()
+        self._team.step(lr, 1.0 if max_norm is None else optim.clip_scale(norm, max_norm))
         return norm
 
     def forget_gradients(self) -> None:
-        self._spare, self._grads = self._grads, {}
+        self._team.forget()
 
     def logits(
         self, tokens: np.ndarray, cache: face.KeyValueCache | None = None, counts: np.ndarray | None = None
@@ -200,9 +166,9 @@ class NumpyEngine:
 
     def trace(self, batch: Examples, trace: Trace, noise: Noise | None = None) -> None:
         logits, saved = model.forward(self._params, self.config, batch.inputs, noise, trace)
-        loss, saved_loss = _loss(logits, batch)
+        loss, saved_loss = learner.loss(logits, batch)
         trace("loss", np.asarray(loss))
-        model.backward(_loss_gradient(1.0, saved_loss, batch), saved, trace=trace)
+        model.backward(learner.loss_gradient(1.0, saved_loss, batch), saved, trace=trace)
 
 
 def _share(batch: Examples, share: parts.Share) -> Examples:
@@ -210,29 +176,42 @@ def _share(batch: Examples, share: parts.Share) -> Examples:
     return Batch(own.inputs[:, share.positions], own.targets[:, share.positions]) if isinstance(own, Batch) else own
 
 
-def _loss(logits: np.ndarray, batch: Examples) -> tuple[np.floating, Any]:
-    """logits (B, T, V) -> the mean loss of the batch, saved."""
-    if not isinstance(batch, Preferences):
-        return cross_entropy.forward(logits, batch.targets)
-    logps, saved_logps = token_logps.forward(logits, batch.targets)
-    sums = logps.sum(axis=1, dtype=np.float64)  # few numbers, whose differences count
-    if batch.objective == "dpo":
-        (chosen, rejected), (chosen0, rejected0) = sums.reshape(2, -1), np.asarray(batch.reference).reshape(2, -1)
-        loss, saved = dpo.forward(chosen, rejected, chosen0, rejected0, batch.beta)
-    else:
-        chosen, rejected = (sums / batch.lengths).reshape(2, -1)
-        loss, saved = orpo.forward(chosen, rejected, batch.beta)
-    return loss, (saved, saved_logps)
+class Threads:
+    """Parts of a batch in threads of this process. A Crew (crew.py) has them in processes, and the same methods."""
+
+    def __init__(self, setup: Setup) -> None:
+        shapes = setup.config.parameter_shapes()
+        self.params = {name: np.empty(shape, setup.dtype) for name, shape in shapes.items()}
+        self.optimizer = setup.new_optimizer(self.params)
+        self._learner = Learner(setup, self.params)
+        self._grads: Arrays = {}
+        self._spare: Arrays = {}  # the last step's gradients: memory for the next one's
+
+    def loss(self, jobs: Sequence[Job]) -> float:
+        """The batch's mean loss."""
+        return sum(_in_threads(self._learner.loss, jobs))
+
+    def learn(self, jobs: Sequence[Job]) -> float:
+        """The same, and its gradient is added up."""
+        return sum(_in_threads(partial(self._learner.learn, grads=self._grads, spare=self._spare), jobs))
+
+    def gradients(self) -> Arrays:
+        """What has been added up since the last step."""
+        return self._grads
+
+    def norm(self) -> float:
+        """Of the gradients, global L2."""
+        return optim.global_norm(self._grads)
+
+    def step(self, lr: float, scale: float) -> None:
+        """AdamW's, along the gradients times `scale`, which are forgotten."""
+        self.optimizer.step(self._grads, lr, scale)
+        self.forget()
+
+    def forget(self) -> None:
+        """The gradients."""
+        self._spare, self._grads = self._grads, {}
 
 
-def _loss_gradient(weight: float, saved: Any, batch: Examples) -> np.ndarray:
-    """The gradient of `weight` times the loss with respect to the logits (B, T, V)."""
-    if not isinstance(batch, Preferences):
-        return cross_entropy.backward(weight, saved)
-    saved, saved_logps = saved
-    if batch.objective == "dpo":
-        dsums = np.concatenate(dpo.backward(weight, saved))
-    else:
-        dsums = np.concatenate(orpo.backward(weight, saved)) / batch.lengths
-    dtype = saved_logps[1].dtype
-    return token_logps.backward(np.repeat(dsums.astype(dtype)[:, None], batch.targets.shape[1], axis=1), saved_logps)
+def _in_threads(method: Callable[[parts.Part, Job], float], jobs: Sequence[Job]) -> list[float]:
+    return parts.run(lambda part: method(part, jobs[part.number]), [job.share for job in jobs])

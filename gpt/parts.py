@@ -19,6 +19,7 @@ Forward an early span is ahead, backward a late one, so that they wait for each 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +31,18 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["Part", "Share", "divide", "run"]
+__all__ = [
+    "Pair", "Part", "Share", "are_apart", "divide", "most_parts", "one_batch", "run", "threads", "whole",
+]  # fmt: skip
 
 Result = TypeVar("Result")
+Pair = tuple[np.ndarray, np.ndarray]
 _one_batch = threading.Lock()
-LEAST = 1 << 15  # entries of a hidden state in a part: where operations are shorter, threads only wait for each other
+# Entries of a hidden state that a part has at least: where operations are shorter, threads only wait for each other,
+# and processes of their own for what they are told.
+LEAST, LEAST_APART = 1 << 15, 1 << 13
+# Bytes of gradients that processes each have for themselves, at most: beyond, they are dearer than threads that wait.
+MOST_APART = 1 << 26
 
 
 class Share(NamedTuple):
@@ -49,12 +57,24 @@ def whole(spans: int) -> list[slice]:
     return [slice(0, None)]
 
 
-def divide(examples: int, entries: int, split: Callable[[int], list[slice]] = whole) -> list[Share]:
+def are_apart(gradients: int, cores: int) -> bool:
+    """Whether parts are in processes of their own (gpt/crew.py) rather than in threads, for so many bytes of them."""
+    return cores > 1 and gradients <= MOST_APART and os.name == "posix"
+
+
+def most_parts(entries: int, cores: int, apart: bool) -> int:
+    """Into how many parts a hidden state (B, T, C) of so many entries can be divided."""
+    return max(1, min(cores, entries // (LEAST_APART if apart else LEAST)))
+
+
+def divide(
+    examples: int, entries: int, split: Callable[[int], list[slice]] = whole, apart: bool = False
+) -> list[Share]:
     """Which of the examples each part has; `entries`: of a hidden state (B, T, C) of all. Shares differ by one.
 
     `split(n)`: the positions of n spans of each text, in order, for cores beyond one for each example.
     """
-    parts = max(1, min(_threads(), entries // LEAST))
+    parts = most_parts(entries, threads(), apart)
     groups = min(parts, examples)
     texts = [slice(examples * group // groups, examples * (group + 1) // groups) for group in range(groups)]
     spans = split(parts // groups)
@@ -64,8 +84,8 @@ def divide(examples: int, entries: int, split: Callable[[int], list[slice]] = wh
 class Part:
     """What has a share, and meets the others."""
 
-    def __init__(self, share: Share, number: int, meeting: _Meeting) -> None:
-        self.share, self._number, self._meeting = share, number, meeting
+    def __init__(self, share: Share, number: int = 0, meeting: _Meeting | None = None) -> None:
+        self.share, self.number, self._meeting = share, number, meeting or _Meeting(1)
         self.start, self._stop = share.positions.start, share.positions.stop
 
     def sum(self, name: str, array: np.ndarray) -> np.ndarray | None:
@@ -76,7 +96,7 @@ class Part:
         """
         size = 1
         while size < self._meeting.parts:
-            group = self._number // size
+            group = self.number // size
             if (group ^ 1) * size < self._meeting.parts:  # or there is no other
                 other = self._meeting.swap((name, size, group // 2), array)
                 if other is None:
@@ -88,36 +108,47 @@ class Part:
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
         """Within it this part is alone, one part after another, and the first when all others have come."""
-        if self._number:
-            self._meeting.give((name, "here", self._number), None)
-            self._meeting.take((name, "next", self._number))
+        if self.number:
+            self._meeting.give((name, "here", self.number), None)
+            self._meeting.take((name, "next", self.number))
         else:
             for other in range(1, self._meeting.parts):
                 self._meeting.take((name, "here", other))
         yield
-        self._meeting.give((name, "next", self._number + 1), None)
+        self._meeting.give((name, "next", self.number + 1), None)
 
     def join(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """k and v (B, G, T, D) of these positions -> of all the text's up to here, (B, G, start + T, D)."""
         if self.start:
-            before = self._meeting.take(self._border("k, v", layer, self.start))
-            k, v = (np.concatenate(pair, axis=2) for pair in zip(before, (k, v), strict=True))
+            k, v = (np.concatenate(pair, axis=2) for pair in zip(self._from_earlier(layer), (k, v), strict=True))
         if self._stop is not None:
-            self._meeting.give(self._border("k, v", layer, self._stop), (k, v))
+            self._to_later(layer, (k, v))
         return k, v
 
     def hand_back(self, layer: int, dk: np.ndarray, dv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """dk and dv (B, G, start + T, D) of what `join` gave -> of what it was given, (B, G, T, D)."""
         if self._stop is not None:
-            for own, later in zip((dk, dv), self._meeting.take(self._border("dk, dv", layer, self._stop)), strict=True):
+            for own, later in zip((dk, dv), self._from_later(layer), strict=True):
                 own += later
         if self.start:
-            before = dk[:, :, : self.start], dv[:, :, : self.start]
-            self._meeting.give(self._border("dk, dv", layer, self.start), before)
+            self._to_earlier(layer, (dk[:, :, : self.start], dv[:, :, : self.start]))
         return dk[:, :, self.start :], dv[:, :, self.start :]
 
-    def _border(self, what: str, layer: int, position: int) -> Hashable:
-        """The name of what goes over the border between two spans of these texts."""
+    # What goes over the border between two spans of a text: keys and values to the later, their gradients back.
+
+    def _to_later(self, layer: int, kv: Pair) -> None:
+        self._meeting.give(self._border("k, v", layer, self._stop), kv)
+
+    def _from_earlier(self, layer: int) -> Pair:
+        return self._meeting.take(self._border("k, v", layer, self.start))
+
+    def _to_earlier(self, layer: int, gradients: Pair) -> None:
+        self._meeting.give(self._border("dk, dv", layer, self.start), gradients)
+
+    def _from_later(self, layer: int) -> Pair:
+        return self._meeting.take(self._border("dk, dv", layer, self._stop))
+
+    def _border(self, what: str, layer: int, position: int | None) -> Hashable:
         return what, layer, self.share.examples.start, position
 
 
@@ -127,7 +158,7 @@ def run(work: Callable[[Part], Result], shares: Sequence[Share]) -> list[Result]
     Batches of several threads come one after another: parts wait for each other, so that all need a thread at once.
     """
     if len(shares) == 1:
-        return [work(Part(shares[0], 0, _Meeting(1)))]
+        return [work(Part(shares[0]))]
     meeting, errors = _Meeting(len(shares)), list[BaseException]()
 
     def carry_out(number: int) -> Any:
@@ -139,12 +170,19 @@ def run(work: Callable[[Part], Result], shares: Sequence[Share]) -> list[Result]
 
     # Each in a copy of the caller's context, so that its np.errstate holds there too.
     contexts = [copy_context() for _ in shares]
-    with _one_batch, _controller().limit(limits=1, user_api="blas"):
+    with one_batch():
         others = [_pool().submit(contexts[part].run, carry_out, part) for part in range(1, len(shares))]
         results = [contexts[0].run(carry_out, 0), *(other.result() for other in others)]
     if errors:
         raise errors[0]
     return results
+
+
+@contextmanager
+def one_batch() -> Iterator[None]:
+    """Within it no other batch is computed in parts, and each product by one thread."""
+    with _one_batch, _controller().limit(limits=1, user_api="blas"):
+        yield
 
 
 class _Meeting:
@@ -188,11 +226,11 @@ def _controller() -> ThreadpoolController:
 
 
 @cache
-def _threads() -> int:
+def threads() -> int:
     """How many threads the matrix library has: what its environment variables and the cores allow."""
     return max((library["num_threads"] for library in _controller().info() if library["user_api"] == "blas"), default=1)
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, _threads() - 1), "parts")
+    return ThreadPoolExecutor(max(1, threads() - 1), "parts")

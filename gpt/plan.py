@@ -122,9 +122,14 @@ class Setup:
         """Into how many parts a batch is divided, gpt/parts.py."""
         if self.engine != "numpy":
             return 1
-        most = max(1, min(self.cores, self.rows * self.length * self.config.emb_dim // parts.LEAST))
+        most = parts.most_parts(self.rows * self.length * self.config.emb_dim, self.cores, self.apart)
         texts = min(most, self.rows)
         return texts if self.config.drops or self.checkpoint_activations else most // texts * texts
+
+    @property
+    def apart(self) -> bool:
+        """Whether these are in processes of their own."""
+        return self.engine == "numpy" and parts.are_apart(self.count(self.learns) * self.item, self.cores)
 
     def count(self, names: Iterable[str]) -> int:
         """How many numbers these parameters have."""

@@ -95,9 +95,20 @@ class AdamW:
             for arrays, joined in zip(own, (w, m, v), strict=True):
                 arrays[name].reshape(-1)[:] = joined[start:stop]
 
+    def rows(self, part: int, parts: int) -> AdamW:
+        """One that updates such a part of each parameter's rows, in the memory of this one; see `rows` below."""
+        own = AdamW(rows(self.params, part, parts), self.lr, self.betas, self.eps, self.weight_decay, self.decay)
+        own.m, own.v = rows(self.m, part, parts), rows(self.v, part, parts)
+        return own
+
     def state(self) -> dict[str, Any]:
         """The optimizer's memory: {"step": int, "m": name -> array, "v": name -> array}, not copied."""
         return {"step": self.steps, "m": self.m, "v": self.v}
+
+
+def rows(arrays: Arrays, part: int, parts: int) -> Arrays:
+    """Of each array a part of its rows, which together are all of them; not copied."""
+    return {name: a[len(a) * part // parts : len(a) * (part + 1) // parts] for name, a in arrays.items()}
 
 
 def global_norm(grads: Arrays) -> float:

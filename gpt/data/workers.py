@@ -1,7 +1,6 @@
 """Processes that encode parts: each is a Python of its own, told what to do line by line in JSON.
 
-They are neither forked, which a process with threads does not survive unharmed, nor spawned by multiprocessing, which
-runs the caller's main module again. A worker whose owner is gone, however it went, reads the end of its input and ends.
+A worker whose owner is gone, however it went, reads the end of its input and ends.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from gpt import tokenizers
 from gpt.data.documents import Range
 from gpt.data.parts import Ranges, Report, make_part
 from gpt.errors import UserError
+from gpt.processes import start
 from gpt.tokenizers import Tokenizer
 
 __all__ = ["cores", "make_parts"]
 
-_ROOT = Path(__file__).parents[2]
 _SECONDS = 0.2  # from one report to the next
 
 Made = Callable[[Ranges, bool], object]  # is told of each part when its file is there, and whether it was made now
@@ -82,15 +81,7 @@ class _Worker:
     """A process that makes one part after the other."""
 
     def __init__(self, tokenizer: Tokenizer, field: str) -> None:
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import work; work()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            text=True,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the owner alone
-        )
+        self._process = start(work, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._tell({"tokenizer": tokenizer.spec(), "field": field})
 
     def make(self, part: Ranges, target: Path, report: Report) -> bool:

@@ -13,8 +13,9 @@ SMALL = GPTConfig(300, 64, 64, 2, 2, qkv_bias=True, tie_embeddings=True)
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_layers_and_the_rest_are_the_step(threads, monkeypatch):
-    monkeypatch.setattr(parts, "_threads", lambda: threads)
+    monkeypatch.setattr(parts, "threads", lambda: threads)
     monkeypatch.setattr(parts, "LEAST", 1)
+    monkeypatch.setattr(parts, "LEAST_APART", 1)
     before = linear.forward
     case = breakdown.measure(Point(SMALL.n_parameters, SMALL, 2, 64), steps=1)
     assert linear.forward is before

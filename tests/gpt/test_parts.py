@@ -34,11 +34,25 @@ def threads(monkeypatch):
 
     def of(count: int) -> None:
         parts._pool.cache_clear()
-        monkeypatch.setattr(parts, "_threads", lambda: count)
+        monkeypatch.setattr(parts, "threads", lambda: count)
         monkeypatch.setattr(parts, "LEAST", 1)
+        monkeypatch.setattr(parts, "LEAST_APART", 1)
+        monkeypatch.setattr(parts, "MOST_APART", 0)
 
     yield of
     parts._pool.cache_clear()
+
+
+@pytest.fixture(params=["threads", "processes"])
+def cores(request, threads, monkeypatch):
+    """The same for parts in threads, and for parts in processes of their own."""
+
+    def of(count: int) -> None:
+        threads(count)
+        if request.param == "processes":
+            monkeypatch.setattr(parts, "MOST_APART", 1 << 26)
+
+    return of
 
 
 def batch(rows: int = 5, T: int = 32) -> Batch:
@@ -70,10 +84,10 @@ def step(config, **more):
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA])
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_parts_give_the_gradients_of_the_whole(threads, config, count):
-    threads(1)
+def test_parts_give_the_gradients_of_the_whole(cores, config, count):
+    cores(1)
     losses, gradients = step(config)
-    threads(count)
+    cores(count)
     in_parts, gradients_in_parts = step(config)
     np.testing.assert_allclose(in_parts, losses, rtol=1e-14)
     assert gradients_in_parts.keys() == gradients.keys()
@@ -98,17 +112,17 @@ def gradients_of(e, rows: int, T: int = 32) -> tuple[float, float, dict[str, np.
     ids=["gpt2", "llama", "adapters", "last block"],
 )
 @pytest.mark.parametrize("rows, count, spans", [(1, 2, 2), (1, 7, 7), (2, 7, 6), (3, 4, 3)])
-def test_spans_of_a_text_give_its_gradients(threads, config, trained, rows, count, spans):
+def test_spans_of_a_text_give_its_gradients(cores, config, trained, rows, count, spans):
     def create():
         rng = np.random.default_rng(1)
         params = {n: p + 0.02 * rng.normal(size=p.shape) for n, p in initialize(config, Generator(1), "gpt2").items()}
         return create_engine("numpy", config, params, OptimizerConfig(trained=trained), "float64")
 
-    threads(1)
+    cores(1)
     whole = gradients_of(create(), rows)
-    threads(count)
+    cores(count)
     e = create()
-    assert e.threads(batch(rows)) == spans
+    assert e.parts_of(batch(rows)) == spans
     in_spans = gradients_of(e, rows)
     np.testing.assert_allclose(in_spans[:2], whole[:2], rtol=1e-14)
     assert in_spans[2].keys() == whole[2].keys()
@@ -135,9 +149,9 @@ def test_spans_are_the_text_once_and_of_the_same_work(length, count, layers, lar
 
 
 @pytest.mark.parametrize("failing", [0, 5, 20])
-def test_a_span_that_fails_ends_those_that_wait_for_it(threads, failing):
+def test_a_span_that_fails_ends_those_that_wait_for_it(cores, failing):
     """It never gives its keys, its gradients or its turn."""
-    threads(3)
+    cores(3)
     e = engine(PLAIN)
     bad = batch(1)
     bad.targets[:] = IGNORE
@@ -148,8 +162,8 @@ def test_a_span_that_fails_ends_those_that_wait_for_it(threads, failing):
     assert e.gradients() == {}
 
 
-def test_parts_add_up_in_the_same_order_each_time(threads):
-    threads(4)
+def test_parts_add_up_in_the_same_order_each_time(cores):
+    cores(4)
     (first, gradients), (again, others) = (step(GPT2, dtype="float32") for _ in range(2))
     assert first == again
     for name, gradient in gradients.items():
@@ -212,7 +226,7 @@ def test_sums_are_the_same_to_the_last_bit_whoever_comes_first(count, seed):
         return total
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_threads", lambda: count)
+        patch.setattr(parts, "threads", lambda: count)
         parts._pool.cache_clear()
         first, second = summed(pauses), summed(pauses[::-1])
         parts._pool.cache_clear()
@@ -243,7 +257,7 @@ def test_an_error_in_one_part_ends_all_and_is_raised(threads, failing):
 @given(examples=st.integers(1, 40), entries=st.integers(1, 1 << 20), cores=st.integers(1, 16))
 def test_shares_are_all_examples_once_and_differ_by_one(examples, entries, cores):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_threads", lambda: cores)
+        patch.setattr(parts, "threads", lambda: cores)
         shares = [share.examples for share in parts.divide(examples, entries)]
     assert 1 <= len(shares) <= min(cores, examples)
     assert len(shares) == 1 or entries // len(shares) >= parts.LEAST
@@ -253,8 +267,8 @@ def test_shares_are_all_examples_once_and_differ_by_one(examples, entries, cores
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_loss_that_is_not_finite_names_its_tensor(threads, count):
-    threads(count)
+def test_a_loss_that_is_not_finite_names_its_tensor(cores, count):
+    cores(count)
     e = engine(GPT2)
     e.parameters()["blocks.1.mlp.up.weight"][3, 4] = np.inf
     with pytest.raises(NonFiniteError, match=r"^loss is nan, first in blocks\.1\.mlp\.up\.weight$"):
@@ -263,8 +277,8 @@ def test_a_loss_that_is_not_finite_names_its_tensor(threads, count):
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, LLAMA.replace(lora=None)])
 @pytest.mark.parametrize("count", [1, 2])
-def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(threads, config, count):
-    threads(count)
+def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(cores, config, count):
+    cores(count)
     losses, gradients = step(config)
     again, recomputed = step(config, checkpoint_activations=True)
     assert again == losses
@@ -273,8 +287,8 @@ def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(threads, config, 
 
 
 @pytest.mark.parametrize("config", [GPT2, GPT2.replace(tie_embeddings=False, head_bias=True)])
-def test_large_vocabularies_need_no_logits(threads, config, monkeypatch):
-    threads(2)
+def test_large_vocabularies_need_no_logits(cores, config, monkeypatch):
+    cores(2)
     losses, gradients = step(config)
     monkeypatch.setattr(numpy_engine, "LARGE", 1)
     monkeypatch.setattr("reference.linear_cross_entropy.CHUNK", 300 * 20)  # 20 rows

@@ -105,16 +105,18 @@ def test_numpy_takes_what_was_planned_with_checkpoints(name):
 
 @pytest.mark.parametrize("name", ["llama", "dropout", "wide", "one long text", "adapters", "few tokens"])
 def test_numpy_takes_what_was_planned_in_parts(name, monkeypatch):
-    monkeypatch.setattr(parts, "_threads", lambda: 2)
+    monkeypatch.setattr(parts, "threads", lambda: 2)
     monkeypatch.setattr(parts, "LEAST", 1)
+    monkeypatch.setattr(parts, "LEAST_APART", 1)
     setup = replace(CASES[name], engine="numpy", cores=2)
     assert numpy_peak(setup) <= (1 + WITHIN) * memory(setup).peak  # less where one part is ahead of the other
 
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_numpy_takes_what_was_planned_without_logits(cores, monkeypatch):
-    monkeypatch.setattr(parts, "_threads", lambda: cores)
+    monkeypatch.setattr(parts, "threads", lambda: cores)
     monkeypatch.setattr(parts, "LEAST", 1)
+    monkeypatch.setattr(parts, "LEAST_APART", 1)
     monkeypatch.setattr(numpy_engine, "LARGE", 2**20)
     monkeypatch.setitem(plan.FUSED_ABOVE, "numpy", 2**20)
     monkeypatch.setattr(linear_cross_entropy, "CHUNK", 2**18)
@@ -285,7 +287,7 @@ memory.return_freed()
 begin = memory.used_bytes()
 config = GPTConfig(8_192, 256, 512, 8, 8, qkv_bias=True, tie_embeddings=True)
 train(config, 2, 4)
-setup = plan.Setup(config, 2, 256, sys.argv[1], cores=parts._threads())
+setup = plan.Setup(config, 2, 256, sys.argv[1], cores=parts.threads())
 print(plan.memory(setup).peak, memory.peak_bytes() - begin)
 """
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
