@@ -1,7 +1,8 @@
 """Where the time of the NumPy engine's training step goes, layer by layer, against the machine's matrix products.
 
-Every layer's forward and backward pass and the optimizer are timed in one process while steps are taken, in each
-thread that computes a part of the batch (gpt/parts.py), and the times of the threads divided by their number. Beside
+Every layer's forward and backward pass and the optimizer are timed in this process while steps are taken: in each
+thread that computes a part of the batch (gpt/parts.py), and the times of the threads divided by their number. Where
+parts are in processes (gpt/crew.py) it is the first one's, and the others' are alike. Beside
 them stands what the step's matrix products would take at the rate of one large product, measured in the same run: no
 NumPy program that multiplies these matrices takes less. What is of no layer (Python between them, threads that wait
 for each other) is the rest.
@@ -45,9 +46,9 @@ STEPS = 5
 
 
 @contextlib.contextmanager
-def timed() -> Iterator[Counter[str]]:
-    """Within it the layers of `reference` count their seconds, of all threads together."""
-    seconds, lock = Counter[str](), threading.Lock()
+def timed() -> Iterator[tuple[Counter[str], set[int]]]:
+    """Within it the layers of `reference` count their seconds, of all threads together, and say which these are."""
+    seconds, threads, lock = Counter[str](), set[int](), threading.Lock()
 
     def counting(name: str, function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -57,6 +58,7 @@ def timed() -> Iterator[Counter[str]]:
             finally:
                 with lock:
                     seconds[name] += perf_counter() - start
+                    threads.add(threading.get_ident())
 
         return call
 
@@ -65,7 +67,7 @@ def timed() -> Iterator[Counter[str]]:
     try:
         for module, way, function in before:
             setattr(module, way, counting(names[module], function))
-        yield seconds
+        yield seconds, threads
     finally:
         for module, way, function in before:
             setattr(module, way, function)
@@ -79,9 +81,8 @@ def measure(point: Point, steps: int = STEPS) -> dict[str, Any]:
     del params
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (point.batch, point.length + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    threads = engine.threads(batch)
     taken: list[dict[str, float]] = []
-    with timed() as seconds:
+    with timed() as (seconds, threads):
         for _ in range(steps + 2):  # the first ones ask for memory
             seconds.clear()
             start = perf_counter()
@@ -89,13 +90,13 @@ def measure(point: Point, steps: int = STEPS) -> dict[str, Any]:
             computed = perf_counter()
             engine.step(1e-4, max_norm=1.0)
             end = perf_counter()
-            layers = {name: seconds[name] / threads for name in LAYERS}
+            layers = {name: seconds[name] / len(threads) for name in LAYERS}
             rest = computed - start - sum(layers.values())
             taken.append({"step": end - start, **layers, OPTIMIZER: end - computed, REST: rest})
     asked = {"work": "breakdown", "config": config.to_dict(), "batch": point.batch, "length": point.length}
     of = {name: median(step[name] for step in taken[2:]) for name in taken[0]}
     products = gradients(config, point.batch, point.length).operations
-    return {"settings": asked, "n": point.n, "threads": threads, "operations": products, "seconds": of}
+    return {"settings": asked, "n": point.n, "threads": len(threads), "operations": products, "seconds": of}
 
 
 def main(steps: int | None, out: Path | None) -> int:

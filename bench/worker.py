@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt import memory, plan
-from gpt.data.workers import cores
+from gpt import memory, parts, plan
 from gpt.engine import IGNORE, Batch, Examples, OptimizerConfig, Preferences, create_engine
 from gpt.generate import Sampling, Writer
 from reference.config import GPTConfig
@@ -211,21 +210,31 @@ def in_a_row(work: Work) -> dict[str, float]:
 TINY = GPTConfig(64, 8, 64, 1, 1)
 
 
-def without_model(case: dict[str, Any]) -> int | None:
+def without_model(case: dict[str, Any], setup: plan.Setup) -> int:
     """Bytes of this process when it has done such work on next to nothing: of the interpreter and its libraries."""
-    nothing = {"config": TINY.to_dict(), "batch": 1, "length": 8, "trained": (), "examples": "text"}
-    train({**case, **nothing})()
+    rows, least = setup.parts if setup.apart else 1, parts.LEAST_APART
+    nothing = {"config": TINY.to_dict(), "batch": rows, "length": 8, "trained": (), "examples": "text"}
+    parts.LEAST_APART = 1  # as many processes as there will be
+    step = train({**case, **nothing})  # which keeps them
+    step()
+    parts.LEAST_APART = least
     gc.collect()
     memory.return_freed()
-    return memory.used_bytes()
+    return used(case)
 
 
-def planned(case: dict[str, Any]) -> int:
-    """Bytes of it that gpt/plan.py says a step takes, libraries apart."""
+def used(case: dict[str, Any], peak: bool = False) -> int:
+    """Bytes of this process, and of those that compute parts of the NumPy engine's batches."""
+    if case["contestant"] == "numpy":
+        return memory.together_bytes(peak) or 0
+    return (memory.peak_bytes() if peak else memory.used_bytes()) or 0
+
+
+def planned(case: dict[str, Any]) -> plan.Setup:
+    """What gpt/plan.py is to be asked about it."""
     engine, trained = case["contestant"], tuple(case.get("trained", ()))
     config = GPTConfig.from_dict(case["config"])
-    setup = plan.Setup(config, case["batch"], case["length"], engine, trained=trained, cores=cores())
-    return plan.memory(setup).peak
+    return plan.Setup(config, case["batch"], case["length"], engine, trained=trained, cores=parts.threads())
 
 
 WORK = {"train": train, "generate": generate, "product": product, "copy": copy}
@@ -233,16 +242,17 @@ WORK = {"train": train, "generate": generate, "product": product, "copy": copy}
 
 def main() -> None:
     case = json.loads(sys.stdin.readline())
-    last: dict[str, int | None] = {}
+    last: dict[str, int] = {}
     if case["work"] == "train" and case["contestant"] in plan.BLOCK and case.get("examples", "text") == "text":
-        last = {"libraries_bytes": without_model(case), "planned_bytes": planned(case)}
+        setup = planned(case)
+        last = {"libraries_bytes": without_model(case, setup), "planned_bytes": plan.memory(setup).peak}
     work = WORK[case["work"]](case)
     # The first time allocates memory, a training step its gradients and the optimizer's.
     first = work() if case.get("warm_up", True) else {}
     print(json.dumps(first), flush=True)
     for _ in sys.stdin:
         print(json.dumps(in_a_row(work)), flush=True)
-    print(json.dumps({"peak_bytes": memory.peak_bytes() or 0, **last}), flush=True)
+    print(json.dumps({"peak_bytes": used(case, peak=True), **last}), flush=True)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ class Crew:
                 raise
 
     def _start(self) -> None:
+        memory.return_freed()  # the parameters' memory before they came here: activations of a part do not fill it
         links = [Pipe() for _ in range(1, self._size)]  # from each process to the next
         for number, (_, earlier) in enumerate(links, 1):
             later = links[number][0] if number < len(links) else None

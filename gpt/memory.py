@@ -6,6 +6,7 @@ On systems without glibc the last functions do nothing.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import Any
 
 from gpt.errors import is_installed
 
-__all__ = ["free_bytes", "free_on_gpu", "is_lacking", "keep_freed", "peak_bytes", "return_freed", "used_bytes"]
+__all__ = [
+    "free_bytes",
+    "free_on_gpu",
+    "is_lacking",
+    "keep_freed",
+    "peak_bytes",
+    "return_freed",
+    "used_bytes",
+]
 
 # Of a container: its limit, what it uses, and how much of that is files in memory, which make room. Versions 2 and 1.
 _CGROUPS = (
@@ -60,8 +69,30 @@ def peak_bytes() -> int | None:
     return _of_process("VmHWM")
 
 
-def _of_process(name: str) -> int | None:
-    lines = [line for line in _lines(Path("/proc/self/status")) if line.startswith(f"{name}:")]
+def together_bytes(peak: bool = False) -> int | None:
+    """What this process and those that it began have, or had at most, each; memory that they share counts once."""
+    begun = [pid for thread in Path("/proc/self/task").glob("*/children") for pid in thread.read_text().split()]
+    counted = [
+        (_of_process("VmHWM" if peak else "VmRSS", pid), _of_process("RssShmem", pid)) for pid in ("self", *begun)
+    ]
+    own = [size - (of_file or 0) for size, of_file in counted if size is not None]
+    return sum(own) + sum(_open_memory().values()) if own else None
+
+
+def _open_memory() -> dict[int, int]:
+    """The bytes of the open files that have no place in a file system, as those of gpt/crew.py, by their numbers."""
+    found = {}
+    for file in Path("/proc/self/fd").iterdir():
+        try:
+            if os.readlink(file).startswith("/memfd:"):
+                found[file.stat().st_ino] = 512 * file.stat().st_blocks
+        except OSError:  # closed by now
+            continue
+    return found
+
+
+def _of_process(name: str, pid: str = "self") -> int | None:
+    lines = [line for line in _lines(Path("/proc", pid, "status")) if line.startswith(f"{name}:")]
     return 1024 * int(lines[0].split()[1]) if lines else None
 
 

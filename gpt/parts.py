@@ -6,7 +6,8 @@
 A matrix library can divide each product among its threads, but then all else waits for one of them, and threads that
 come and go at every operation cost more than most operations do. So each part goes through the whole forward and
 backward pass in a thread of its own, every product computed by one thread, and what it works on stays in its core's
-cache. Parts meet where gradients add up, and the sums come out the same whoever comes first.
+cache. Parts meet where gradients add up, and the sums come out the same whoever comes first. (Parts of small models
+are in processes instead of threads, see crew.py; how a batch is divided is the same.)
 
 A part is some of the texts. Where there are more cores than texts it is some positions of them, a span; in the notation
 of reference/attention.py, of a text's spans 1, 2, ...:
@@ -41,8 +42,8 @@ _one_batch = threading.Lock()
 # Entries of a hidden state that a part has at least: where operations are shorter, threads only wait for each other,
 # and processes of their own for what they are told.
 LEAST, LEAST_APART = 1 << 15, 1 << 13
-# Bytes of gradients that processes each have for themselves, at most: beyond, they are dearer than threads that wait.
-MOST_APART = 1 << 26
+# Bytes, at most, of the gradients that processes have beside those of the first: beyond, threads that wait are cheaper.
+MOST_APART = 1 << 28
 
 
 class Share(NamedTuple):
@@ -59,7 +60,7 @@ def whole(spans: int) -> list[slice]:
 
 def are_apart(gradients: int, cores: int) -> bool:
     """Whether parts are in processes of their own (gpt/crew.py) rather than in threads, for so many bytes of them."""
-    return cores > 1 and gradients <= MOST_APART and os.name == "posix"
+    return 0 < (cores - 1) * gradients <= MOST_APART and os.name == "posix"
 
 
 def most_parts(entries: int, cores: int, apart: bool) -> int:

@@ -461,7 +461,8 @@ def memory(s: Setup) -> Memory:
     gradients = s.count(s.learns) * s.item // s.shards
     moments, gathered, copies = 2 * gradients, _gathered(s), _copies(s)
     stays = s.engine == "numpy" or s.accumulation > 1 or (s.processes > 1 and s.parallel == "ddp")
-    lasting = parameters + moments + gathered + gradients * stays
+    sets = s.parts if s.apart else 1  # each process has gradients of its own
+    lasting = parameters + moments + gathered + gradients * sets * stays
     kept_in_rest = sum(term.bytes for term in rest)
     everything = lasting + kept_in_blocks + kept_in_rest + loss.kept
     recomputed = one if s.checkpoint_activations else 0
@@ -469,7 +470,8 @@ def memory(s: Setup) -> Memory:
     listed = {"forward": everything + copies, "loss": everything + copies_later}
     beside = {"forward": loss.forward, "loss": loss.backward}
     if s.engine == "numpy":
-        addend = _largest(s) if s.accumulation * s.parts > 1 else 0  # a weight's gradient, before it is added
+        addends = sets * (s.accumulation > 1) if s.apart else s.accumulation * s.parts > 1
+        addend = _largest(s) * addends  # a weight's gradient, before it is added
         listed["blocks"] = lasting + kept_in_blocks
         beside["blocks"] = loss.head + recomputed + _block_backward(s, last, True) + addend
     else:
@@ -483,7 +485,7 @@ def memory(s: Setup) -> Memory:
         listed["optimizer"] = parameters + moments + gradients
         beside["optimizer"] = _optimizer(s)
     phases = {phase: listed[phase] + beside[phase] for phase in listed}
-    return Memory(parameters, gradients, moments, gathered, copies, by_kind, phases, listed)
+    return Memory(parameters, gradients * sets, moments, gathered, copies, by_kind, phases, listed)
 
 
 def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:

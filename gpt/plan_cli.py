@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gpt import memory as host
-from gpt.data.workers import cores
+from gpt import parts
 from gpt.engine import trained_names
 from gpt.errors import UserError, is_installed
 from gpt.options import did_you_mean, read_json_object
@@ -125,7 +125,7 @@ def setup_of(config: PlanConfig) -> Setup:
     trained_names(model, config.trained)
     return Setup(
         model, config.batch_size, length, engine, config.dtype, config.precision, config.trained, config.accumulation,
-        processes, config.parallel, config.checkpoint_activations, "cuda" if config.gpus else "cpu", cores(),
+        processes, config.parallel, config.checkpoint_activations, "cuda" if config.gpus else "cpu", parts.threads(),
     )  # fmt: skip
 
 

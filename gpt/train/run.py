@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpt import memory, tokenizers, world
+from gpt import memory, parts, tokenizers, world
 from gpt.data import (
     Loader,
     RandomBatches,
@@ -218,7 +218,7 @@ def _check_memory(config: RunConfig, model: GPTConfig, length: int) -> None:
         setup = Setup(
             model, config.loader.batch_size, length, engine, config.dtype, config.precision, config.optimizer.trained,
             config.train.accumulation, world.size(), config.parallel,
-            config.checkpoint_activations, "cpu" if on_gpu is None else "cuda", cores(),
+            config.checkpoint_activations, "cpu" if on_gpu is None else "cuda", parts.threads(),
         )  # fmt: skip
         require_memory(setup, free)
 

@@ -11,11 +11,12 @@ from reference.config import GPTConfig
 SMALL = GPTConfig(300, 64, 64, 2, 2, qkv_bias=True, tie_embeddings=True)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_layers_and_the_rest_are_the_step(threads, monkeypatch):
-    monkeypatch.setattr(parts, "threads", lambda: threads)
+@pytest.mark.parametrize("cores, apart, threads", [(1, 0, 1), (2, 0, 2), (2, 1 << 26, 1)])
+def test_the_layers_and_the_rest_are_the_step(cores, apart, threads, monkeypatch):
+    monkeypatch.setattr(parts, "threads", lambda: cores)
     monkeypatch.setattr(parts, "LEAST", 1)
     monkeypatch.setattr(parts, "LEAST_APART", 1)
+    monkeypatch.setattr(parts, "MOST_APART", apart)
     before = linear.forward
     case = breakdown.measure(Point(SMALL.n_parameters, SMALL, 2, 64), steps=1)
     assert linear.forward is before

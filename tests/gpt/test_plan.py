@@ -107,7 +107,7 @@ def test_numpy_takes_what_was_planned_with_checkpoints(name):
 def test_numpy_takes_what_was_planned_in_parts(name, monkeypatch):
     monkeypatch.setattr(parts, "threads", lambda: 2)
     monkeypatch.setattr(parts, "LEAST", 1)
-    monkeypatch.setattr(parts, "LEAST_APART", 1)
+    monkeypatch.setattr(parts, "MOST_APART", 0)
     setup = replace(CASES[name], engine="numpy", cores=2)
     assert numpy_peak(setup) <= (1 + WITHIN) * memory(setup).peak  # less where one part is ahead of the other
 
@@ -116,7 +116,7 @@ def test_numpy_takes_what_was_planned_in_parts(name, monkeypatch):
 def test_numpy_takes_what_was_planned_without_logits(cores, monkeypatch):
     monkeypatch.setattr(parts, "threads", lambda: cores)
     monkeypatch.setattr(parts, "LEAST", 1)
-    monkeypatch.setattr(parts, "LEAST_APART", 1)
+    monkeypatch.setattr(parts, "MOST_APART", 0)
     monkeypatch.setattr(numpy_engine, "LARGE", 2**20)
     monkeypatch.setitem(plan.FUSED_ABOVE, "numpy", 2**20)
     monkeypatch.setattr(linear_cross_entropy, "CHUNK", 2**18)
@@ -280,27 +280,34 @@ def train(config, rows, steps):
     for _ in range(steps):
         engine.accumulate(Batch(tokens[:, :-1], tokens[:, 1:]))
         engine.step(1e-3, 1.0)
+    return engine
 
-train(GPTConfig(64, 8, 64, 1, 1), 1, 2)  # what remains of it is of the libraries
+parts.MOST_APART = int(sys.argv[2])
+config = GPTConfig(8_192, 256, 512, 8, 8, qkv_bias=True, tie_embeddings=True)
+setup = plan.Setup(config, 2, 256, sys.argv[1], cores=parts.threads())
+least, parts.LEAST_APART = parts.LEAST_APART, 1
+tiny = train(GPTConfig(64, 8, 64, 1, 1), setup.parts if setup.apart else 1, 2)  # what it has is of the libraries
+parts.LEAST_APART = least
 gc.collect()
 memory.return_freed()
-begin = memory.used_bytes()
-config = GPTConfig(8_192, 256, 512, 8, 8, qkv_bias=True, tie_embeddings=True)
-train(config, 2, 4)
-setup = plan.Setup(config, 2, 256, sys.argv[1], cores=parts.threads())
-print(plan.memory(setup).peak, memory.peak_bytes() - begin)
+begin = memory.together_bytes()
+del tiny
+engine = train(config, 2, 4)
+print(plan.memory(setup).peak, memory.together_bytes(peak=True) - begin)
 """
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
-@pytest.mark.parametrize("engine, allocator", [("numpy", {}), ("torch", AT_ONCE)])
-def test_a_process_takes_what_was_planned(engine, allocator):
+@pytest.mark.parametrize(
+    "engine, apart, allocator", [("numpy", 0, {}), ("numpy", parts.MOST_APART, {}), ("torch", 0, AT_ONCE)]
+)
+def test_a_process_takes_what_was_planned(engine, apart, allocator):
     """As the system sees it: of NumPy with the holes between arrays, of PyTorch where what is freed goes at once."""
     if engine == "torch":
         pytest.importorskip("torch")
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"} | allocator
-    command = [sys.executable, "-c", TRAINS, engine]
+    command = [sys.executable, "-c", TRAINS, engine, str(apart)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     planned, measured = map(int, done.stdout.split())

@@ -1,0 +1,224 @@
+"""Parts of a batch in processes: the training is that of one process, and none is left behind, whatever happens."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt import crew, parts
+from gpt.engine import Batch, NonFiniteError, OptimizerConfig, create_engine
+from gpt.errors import UserError
+from gpt.learner import Learner
+from reference.config import GPTConfig
+from reference.init import initialize
+from reference.philox import PhiloxNoise
+from reference.torch_rng import Generator
+
+ROOT = Path(__file__).parents[2]
+CONFIG = GPTConfig(301, 32, 64, 2, 2, qkv_bias=True, tie_embeddings=True, shortcut_dropout=0.1)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "LEAST_APART", 1)
+    monkeypatch.setattr(parts, "threads", lambda: 3)
+
+
+def create(config=CONFIG, dtype="float64", **optimizer):
+    return create_engine("numpy", config, initialize(config, Generator(1), "gpt2"), OptimizerConfig(**optimizer), dtype)
+
+
+def alone(monkeypatch, **settings):
+    """The same in this process, in one part."""
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "threads", lambda: 1)
+        return create(**settings)
+
+
+def batch(seed: int, rows: int = 5, T: int = 32) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 301, (rows, T + 1))
+    return Batch(tokens[:, :-1], tokens[:, 1:])
+
+
+def train(engine, steps=4):
+    """Losses and norms; batches of several sizes, of which not every process has a part."""
+    figures = []
+    for step in range(steps):
+        for micro, rows in enumerate((5, 1, 2)):
+            noise = PhiloxNoise(7, step, 5 * micro)
+            figures.append(engine.accumulate(batch(10 * step + micro, rows), rows / 8, noise, last=micro == 2))
+            if step == 1:
+                figures.append(engine.gradient_norm())  # adds up before the rest has come
+        figures.append(engine.step(1e-2, max_norm=0.5))
+        figures.append(engine.loss(batch(99)))
+    return figures
+
+
+def processes(engine) -> list[int]:
+    return [other._process.pid for other in engine._team._others]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_the_end_of(pids: list[int], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"decay": "matrices"}, {"trained": ("blocks.1.*", "final_norm.*")}],
+    ids=["all", "matrices", "some"],
+)
+def test_training_is_that_of_one_process(settings, monkeypatch):
+    one, together = alone(monkeypatch, **settings), create(**settings)
+    np.testing.assert_allclose(train(together), train(one), rtol=1e-11)
+    assert len(processes(together)) == 2
+    for name, array in one.parameters().items():
+        np.testing.assert_allclose(together.parameters()[name], array, rtol=1e-8, atol=1e-12, err_msg=name)
+    state = together.optimizer_state()
+    for name, array in one.optimizer_state().items():
+        np.testing.assert_allclose(state[name], array, rtol=1e-7, atol=1e-14, err_msg=name)
+
+
+def test_the_same_again_to_the_last_bit():
+    assert train(create(dtype="float32")) == train(create(dtype="float32"))
+
+
+def test_what_is_loaded_reaches_all_processes():
+    first = create()
+    train(first, 2)
+    second = create()
+    train(second, 1)  # its processes are there when it gets another's weights and moments
+    second.load_parameters(first.parameters())
+    second.load_optimizer_state(first.optimizer_state())
+    assert train(second) == train(first)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("rows", [5, 1])  # of which one text is divided into spans
+def test_a_process_that_is_killed_is_named_and_the_next_batch_has_others(which, rows):
+    engine, again = create(GPTConfig(301, 32, 64, 2, 2)), create(GPTConfig(301, 32, 64, 2, 2))
+    engine.accumulate(batch(1, rows))
+    engine.forget_gradients()
+    before = processes(engine)
+    os.kill(before[which], signal.SIGKILL)
+    with pytest.raises(UserError, match=r"^a process that computes a part of the batch was ended by signal 9"):
+        engine.accumulate(batch(1, rows))
+    wait_for_the_end_of(before)
+    assert engine.gradients() == {}
+    assert engine.accumulate(batch(1, rows)) == again.accumulate(batch(1, rows))
+    assert engine.step(1e-3) == again.step(1e-3)
+    assert not set(processes(engine)) & set(before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_ends_this_process_part_ends_the_others(error, monkeypatch):
+    engine, again = create(), create()
+    engine.accumulate(batch(1))
+    before = processes(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "learn", lambda *arguments: (_ for _ in ()).throw(error("now")))
+        with pytest.raises(error):
+            engine.accumulate(batch(2))
+    wait_for_the_end_of(before)
+    engine.forget_gradients()
+    assert train(engine) == train(again)
+
+
+def test_a_loss_that_is_not_finite_in_another_process_is_an_error_of_this_one():
+    engine = create()
+    bad = batch(3)
+    engine.parameters()["tok_emb.weight"][300] = np.inf
+    bad.inputs[:], bad.targets[:] = bad.inputs % 300, bad.targets % 300
+    bad.inputs[-1, 0] = 300  # in the last part
+    with pytest.raises(NonFiniteError, match=r"^loss is nan, first in "):
+        engine.accumulate(bad)
+    assert engine.gradients() == {}
+
+
+def test_processes_end_with_their_engine():
+    engine = create()
+    engine.loss(batch(1))
+    pids = processes(engine)
+    assert len(pids) == 2
+    assert all(map(is_running, pids))
+    del engine
+    gc.collect()
+    wait_for_the_end_of(pids)
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from gpt import parts
+from gpt.engine import Batch, create_engine
+from reference.config import GPTConfig
+from reference.init import initialize
+from reference.torch_rng import Generator
+
+parts.LEAST_APART, parts.threads = 1, lambda: 2
+config = GPTConfig(64, 8, 64, 1, 1)
+engine = create_engine("numpy", config, initialize(config, Generator(1)))
+engine.accumulate(Batch(np.zeros((2, 8), int), np.ones((2, 8), int)))
+print(engine._team._others[0]._process.pid, flush=True)
+if sys.argv[1:] == ["wait"]:
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_their_owner_however_it_goes(how):
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, "wait"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        pid = int(owner.stdout.readline())
+        assert is_running(pid)
+        owner.send_signal(how)
+    wait_for_the_end_of([pid])
+
+
+def test_a_script_needs_no_guard_and_its_folder_may_have_modules_of_any_name(tmp_path):
+    """Where multiprocessing would run the script again in each process, and Python look for modules beside it."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for name in ("mmap", "numpy", "gpt"):
+        (tmp_path / "elsewhere" / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / "elsewhere" / f"{name}.py").write_text("raise ImportError('not this one')")
+    done = subprocess.run(
+        [sys.executable, "../script.py"], cwd=tmp_path / "elsewhere", env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    wait_for_the_end_of([int(done.stdout)])
+
+
+def test_memory_that_is_shared_has_no_name_and_is_free_with_the_engine():
+    def maps() -> int:
+        return sum("twingrad" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    gc.collect()
+    before = maps()
+    engine = create()
+    assert maps() == before + 1
+    assert isinstance(engine._team, crew.Crew)
+    del engine
+    gc.collect()
+    assert maps() == before
