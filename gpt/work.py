@@ -19,9 +19,10 @@ from typing import NamedTuple
 from reference.config import GPTConfig
 from reference.model import first_trained
 
-__all__ = ["FLOAT", "Work", "gradients", "spans", "update"]
+__all__ = ["FLOAT", "Work", "cost", "gradients", "spans", "update"]
 
 FLOAT = 4
+ATTENTION = 2.0  # what an operation takes there, softmax and small products included, in units of a linear layer's
 
 
 class Work(NamedTuple):
@@ -50,7 +51,7 @@ def gradients(
     tokens, shapes = batch * length, config.parameter_shapes()
     learns = set(shapes if trained is None else trained)
     first = first_trained(config, None if trained is None else learns)
-    attention = 4 * batch * length**2 * config.n_heads * config.head_dim / 2  # q k^T and p v, (T, D) by (D, T) a head
+    attention = _attention(config, batch, length)
     operations = 0.0
     for name, shape in _matrices(config, shapes).items():
         product = 2 * tokens * math.prod(shape)
@@ -65,17 +66,22 @@ def gradients(
     return Work(operations, FLOAT * (2 * config.n_parameters + learning))
 
 
+def cost(config: GPTConfig, length: int) -> float:
+    """Operations of a text's forward and backward pass in NumPy, those of attention as often as they take longer."""
+    attention = 3.5 * config.n_layers * _attention(config, 1, length)
+    return gradients(config, 1, length).operations + (ATTENTION - 1) * attention
+
+
 @lru_cache
 def spans(config: GPTConfig, length: int, number: int) -> list[slice]:
-    """So many runs of a text's positions, fewer of a short text. Of the same work: later ones see more and are shorter.
+    """So many runs of a text's positions, fewer of a short text. Of the same cost: later ones see more and are shorter.
 
     The last ends with None.
     """
-
-    def work(positions: int) -> float:
-        return gradients(config, 1, positions).operations
-
-    borders = sorted({bisect_left(range(length - 1), n / number * work(length), key=work) for n in range(number)})
+    whole = cost(config, length)
+    borders = sorted(
+        {bisect_left(range(length - 1), n / number * whole, key=lambda end: cost(config, end)) for n in range(number)}
+    )
     return [slice(*border) for border in zip(borders, [*borders[1:], None], strict=True)]
 
 
@@ -86,6 +92,11 @@ def update(config: GPTConfig, trained: Collection[str] | None = None) -> Work:
     shapes = config.parameter_shapes()
     n = sum(math.prod(shapes[name]) for name in (shapes if trained is None else trained))
     return Work(16 * n, 8 * FLOAT * n)
+
+
+def _attention(config: GPTConfig, batch: int, length: int) -> float:
+    """Operations of q k^T and p v in one layer, (T, D) by (D, T) a head."""
+    return 4 * batch * length**2 * config.n_heads * config.head_dim / 2
 
 
 def _matrices(config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

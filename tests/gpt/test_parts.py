@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpt import numpy_engine, parts
 from gpt.engine import IGNORE, Batch, NonFiniteError, OptimizerConfig, create_engine
-from gpt.work import gradients, spans
+from gpt.work import cost, spans
 from reference import attention
 from reference.config import GPTConfig
 from reference.init import initialize
@@ -134,7 +134,7 @@ def test_spans_of_a_text_give_its_gradients(cores, config, trained, rows, count,
 
 @settings(max_examples=40, deadline=None)
 @given(length=st.integers(1, 32), count=st.integers(1, 9), layers=st.integers(1, 3), large=st.booleans())
-def test_spans_are_the_text_once_and_of_the_same_work(length, count, layers, large):
+def test_spans_are_the_text_once_and_of_the_same_cost(length, count, layers, large):
     config = PLAIN.replace(n_layers=layers, emb_dim=128 if large else 8)
     found = spans(config, length, count)
     assert found[-1].stop is None
@@ -143,9 +143,9 @@ def test_spans_are_the_text_once_and_of_the_same_work(length, count, layers, lar
     assert starts == [0, *ends[:-1]]
     assert all(start < end for start, end in zip(starts, ends, strict=True))
     assert len(found) <= min(count, length)
-    work = [gradients(config, 1, end).operations for end in [0, *ends]]
-    dearest = gradients(config, 1, length).operations - gradients(config, 1, length - 1).operations
-    assert max(np.diff(work)) <= work[-1] / count + dearest  # the last position's, which sees most
+    costs = [cost(config, end) for end in [0, *ends]]
+    dearest = cost(config, length) - cost(config, length - 1)
+    assert max(np.diff(costs)) <= costs[-1] / count + dearest  # the last position's, which sees most
 
 
 @pytest.mark.parametrize("failing", [0, 5, 20])
