@@ -201,9 +201,10 @@ def in_a_row(work: Work) -> dict[str, float]:
     first = work()
     if first["seconds"] >= TURN:
         return first
-    answers: list[dict[str, float]] = []
-    while sum(answer["seconds"] for answer in answers) < TURN:
+    answers, spent = list[dict[str, float]](), 0.0
+    while spent < TURN:
         answers.append(work())
+        spent += answers[-1]["seconds"]
     return {part: median(answer[part] for answer in answers) for part in first}
 
 

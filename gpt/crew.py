@@ -24,7 +24,7 @@ import os
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -53,6 +53,7 @@ class Crew:
         self._first = Member(setup, self._shared, 0)
         self.params, self.optimizer = self._shared.params, self._first.optimizer
         self._others: list[_Other] = []
+        self._end: Callable[[], Any] = lambda: None
         self._learnt: set[int] = set()  # the processes whose gradients are to be added up
 
     def loss(self, jobs: Sequence[Job]) -> float:
@@ -114,22 +115,17 @@ class Crew:
     def _start(self) -> None:
         memory.return_freed()  # the parameters' memory before they came here: activations of a part do not fill it
         links = [Pipe() for _ in range(1, self._size)]  # from each process to the next
+        self._first.later = links[0][0]
+        self._end = weakref.finalize(self, _end, self._others, links[0][0])
         for number, (_, earlier) in enumerate(links, 1):
             later = links[number][0] if number < len(links) else None
             self._others.append(_Other(self._setup, self._shared.file, number, self._size, earlier, later))
-        self._first.later = links[0][0]
-        self._finalizer = weakref.finalize(self, _end, list(self._others), links[0][0])
-
-    def _end(self) -> None:
-        if self._others:
-            self._finalizer()
-            self._others.clear()
 
 
 def _end(others: list[_Other], link: Connection) -> None:
     link.close()
-    for other in others:
-        other.end()
+    while others:
+        others.pop().end()
 
 
 def _result(method: Any, arguments: tuple[Any, ...]) -> Any:
@@ -250,9 +246,9 @@ def _arrays(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]], item: int) 
 
 def _new_file(size: int) -> int:
     """A descriptor of a file of so many zero bytes, which take no memory until they are written to."""
-    if hasattr(os, "memfd_create"):
+    try:
         file = os.memfd_create("twingrad")
-    else:
+    except (AttributeError, OSError):  # not Linux, or an old one
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
     os.truncate(file, size)

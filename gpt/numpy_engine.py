@@ -82,11 +82,17 @@ class NumpyEngine:
         """One for each part."""
         fused, jobs = self._fuses(batch), []
         for share in self._shares(batch, noise):
-            own, own_noise = _share(batch, share), noise
-            if isinstance(noise, PhiloxNoise):
-                own_noise = PhiloxNoise(noise.seed, noise.step, noise.first_example + share.examples.start)
-            jobs.append(Job(share, own, own.counted / max(1, batch.counted), fused, weight, own_noise))
+            own = _share(batch, share)
+            fraction = own.counted / max(1, batch.counted)
+            jobs.append(Job(share, own, fraction, fused, weight, self._own_noise(noise, share)))
         return jobs
+
+    def _own_noise(self, noise: Noise | None, share: parts.Share) -> Noise | None:
+        if not self.config.drops:
+            return None
+        if isinstance(noise, PhiloxNoise):
+            return PhiloxNoise(noise.seed, noise.step, noise.first_example + share.examples.start)
+        return noise
 
     def _shares(self, batch: Examples, noise: Noise | None = None) -> list[parts.Share]:
         """What each part has. Masks of a stream, and those of pairs, are for all examples together."""
@@ -120,6 +126,8 @@ class NumpyEngine:
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
         norm = self.gradient_norm()
+        if not norm and not self.gradients():
+            raise RuntimeError("step: no gradient has been accumulated")
         if not math.isfinite(norm):
             wrong = [name for name, gradient in self.gradients().items() if not np.isfinite(gradient).all()]
             where = wrong[0] if wrong else "its sum of squares"

@@ -87,6 +87,11 @@ def layer_of(operation: Operation) -> Any:
     return PLAIN.get(operation.layer) or importlib.import_module(f"reference.{operation.layer}")
 
 
+def _masks(noise: Noise) -> Noise:
+    """The masks themselves, computed once: a loss is computed thousands of times."""
+    return lambda layer, site, shape, rate: philox.keep_mask(noise(layer, site, shape, rate), shape, rate)
+
+
 def operations(
     config: GPTConfig, shape: tuple[int, int], noise: Noise | None = None, dtype: Any = "float64"
 ) -> list[Operation]:
@@ -94,6 +99,8 @@ def operations(
     B, T = shape
     found: list[Operation] = []
     turns = {}
+    if noise is not None:
+        noise = _masks(noise)
     if config.position == "rope":
         angles = rope.angles(np.arange(T), config.head_dim, config.rope_theta, config.rope_scaling, dtype)
         turns = {"cos": angles[0], "sin": angles[1], "interleaved": config.rope_interleaved}

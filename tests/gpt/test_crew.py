@@ -154,6 +154,24 @@ def test_a_loss_that_is_not_finite_in_another_process_is_an_error_of_this_one():
     assert engine.gradients() == {}
 
 
+@pytest.mark.parametrize("most", [0, 1 << 26])
+def test_a_step_without_gradients_is_refused(most, monkeypatch):
+    monkeypatch.setattr(parts, "MOST_APART", most)
+    engine = create()
+    engine.accumulate(batch(1))
+    engine.step(1e-3)
+    before = {name: array.copy() for name, array in engine.parameters().items()}
+    with pytest.raises(RuntimeError, match="no gradient has been accumulated"):
+        engine.step(1e-3)
+    for name, array in before.items():
+        np.testing.assert_array_equal(engine.parameters()[name], array)
+
+
+def test_noise_that_nothing_uses_need_not_reach_other_processes():
+    engine = create(CONFIG.replace(shortcut_dropout=0.0))
+    assert engine.accumulate(batch(1), noise=lambda *site: None) == engine.loss(batch(1))
+
+
 def test_processes_end_with_their_engine():
     engine = create()
     engine.loss(batch(1))
