@@ -17,6 +17,7 @@ from gpt import crew, parts
 from gpt.engine import Batch, NonFiniteError, OptimizerConfig, create_engine
 from gpt.errors import UserError
 from gpt.learner import Learner
+from gpt.train.checkpoint import load_checkpoint
 from reference.config import GPTConfig
 from reference.init import initialize
 from reference.philox import PhiloxNoise
@@ -226,6 +227,35 @@ def test_a_script_needs_no_guard_and_its_folder_may_have_modules_of_any_name(tmp
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     wait_for_the_end_of([int(done.stdout)])
+
+
+TRAIN = [
+    sys.executable, "-m", "gpt", "train", "--data", "text.txt", "--engine", "numpy", "--preset", "bytes-tiny",
+    "--model.emb_dim", "96", "--max_length", "64", "--batch_size", "4", "--steps", "30", "--eval_every", "0",
+    "--sample_every", "0",
+]  # fmt: skip
+
+
+def test_a_run_that_ctrl_c_stopped_goes_on_to_the_same_weights(tmp_path):
+    """From the command line: a terminal's Ctrl-C reaches the whole group of processes."""
+    (tmp_path / "text.txt").write_text("a short text that is read again and again. " * 100)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "2"}
+    settings = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    subprocess.run([*TRAIN, "--out", "whole"], check=True, **settings)
+    log = tmp_path / "parts" / "log.csv"
+    with subprocess.Popen([*TRAIN, "--out", "parts"], start_new_session=True, **settings) as owner:
+        while owner.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 5):
+            time.sleep(0.01)
+        helpers = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+        os.killpg(owner.pid, signal.SIGINT)
+        said = owner.stdout.read()
+    assert len(helpers) == 1
+    assert "Ctrl-C" in said
+    wait_for_the_end_of([int(pid) for pid in helpers])
+    subprocess.run([*TRAIN, "--out", "parts", "--resume"], check=True, **settings)
+    whole, stopped = (load_checkpoint(tmp_path / run) for run in ("whole", "parts"))
+    for name, array in {**whole.model.params, **whole.optimizer}.items():
+        np.testing.assert_array_equal({**stopped.model.params, **stopped.optimizer}[name], array, err_msg=name)
 
 
 def test_memory_that_is_shared_has_no_name_and_is_free_with_the_engine():
