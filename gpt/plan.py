@@ -13,7 +13,8 @@ A step's peak is the largest of a few moments, because activations go while grad
     optimizer        all gradients, and what AdamW holds of the largest parameter
 
 The engines differ in what they keep. NumPy's layers keep what their `saved` names (reference/), for as long as the
-backward pass goes on, and gradients stay as memory for the next step. Autograd keeps what PyTorch's operators save, the
+backward pass goes on, and gradients stay as memory for the next step, in each process that has a part of the batch
+(gpt/crew.py). Autograd keeps what PyTorch's operators save, the
 kernels what their `Saved` names (kernels/), and frees both on the way. Sizes, as everywhere in the project:
 
     B, T rows and their tokens   C emb_dim   H, G heads of queries and of keys   D head_dim   M mlp_dim   V logits
