@@ -2,10 +2,10 @@
 
 Every layer's forward and backward pass and the optimizer are timed in this process while steps are taken: in each
 thread that computes a part of the batch (gpt/parts.py), and the times of the threads divided by their number. Where
-parts are in processes (gpt/crew.py) it is the first one's, and the others' are alike. Beside
-them stands what the step's matrix products would take at the rate of one large product, measured in the same run: no
-NumPy program that multiplies these matrices takes less. What is of no layer (Python between them, threads that wait
-for each other) is the rest.
+parts are in processes (gpt/crew.py) it is the first one's, and the others' are alike. Beside them stands what the
+step's matrix products would take at the rate of one large product, measured in the same run: no NumPy program that
+multiplies these matrices takes less. What is of no layer (Python between them, threads and processes that wait for each
+other) is the rest.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def measure(point: Point, steps: int = STEPS) -> dict[str, Any]:
     with timed() as (seconds, threads):
         for _ in range(steps + 2):  # the first ones ask for memory
             seconds.clear()
+            threads.clear()
             start = perf_counter()
             engine.accumulate(batch)
             computed = perf_counter()

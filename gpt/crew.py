@@ -24,7 +24,7 @@ import os
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -72,25 +72,27 @@ class Crew:
         return dict(self._shared.grads[0]) if self._learnt else {}
 
     def norm(self) -> float:
-        """Of the gradients, global L2."""
+        """Of the gradients, global L2: the same to the last bit whether there are other processes."""
         if not self._learnt:
             return 0.0
-        norms = self._everybody("add_up", sorted(self._learnt))
+        stretches = [(sorted(self._learnt), number) for number in range(self._size)]
+        add_up = self._first.add_up
+        norms = self._all("add_up", stretches) if self._others else [add_up(*stretch) for stretch in stretches]
         self._learnt = {0}
         return math.hypot(*norms)
 
     def step(self, lr: float, scale: float) -> None:
         """AdamW's, along the gradients times `scale`, which are forgotten."""
-        self._everybody("update", self.optimizer.steps, lr, scale)
-        self.optimizer.steps += 1
+        if self._others:
+            self._all("update", [(self.optimizer.steps, lr, scale)] * self._size)
+            self.optimizer.steps += 1
+        else:
+            self.optimizer.step(self._shared.grads[0], lr, scale)
         self.forget()
 
     def forget(self) -> None:
         """The gradients."""
         self._learnt = set()
-
-    def _everybody(self, method: str, *arguments: Any) -> list[Any]:
-        return self._all(method, [arguments] * self._size)
 
     def _all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What a method of the first members answers, of as many as there are tuples of arguments."""
@@ -101,12 +103,12 @@ class Crew:
                 others = self._others[: len(arguments) - 1]
                 for other, given in zip(others, arguments[1:], strict=True):
                     other.tell(method, given)
-                answers = [_result(getattr(self._first, method), arguments[0])]
-                if not isinstance(answers[0], BaseException) or isinstance(answers[0], GONE):  # or they may wait for it
-                    answers += [other.hear() for other in others]
-                errors = [answer for answer in answers if isinstance(answer, BaseException)]
-                for error in sorted(errors, key=lambda error: isinstance(error, GONE)):
-                    raise error  # one whose neighbour is gone is not what went wrong
+                own = _result(getattr(self._first, method), arguments[0])
+                # Where this one has failed, they may wait for it; where its neighbour is gone, one of them says why.
+                heard = isinstance(own, GONE) or not isinstance(own, Exception)
+                answers = [own, *(other.hear() for other in others if heard)]
+                if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+                    raise min(errors, key=lambda error: isinstance(error, GONE))
                 return answers
             except BaseException:
                 self._end()
@@ -164,10 +166,10 @@ class Member:
     def _part(self, job: Job) -> Part:
         return Part(job.share, self.earlier, self.later)
 
-    def add_up(self, learnt: Sequence[int]) -> float:
-        """Add the gradients of these processes up in those of the first, this one's stretch of them; its norm."""
-        first, last = (self._shared.flat_grads[0].size * n // self._size for n in (self._number, self._number + 1))
-        total, *others = (self._shared.flat_grads[number][first:last] for number in learnt)
+    def add_up(self, learnt: Sequence[int], number: int) -> float:
+        """Add the gradients of these processes up in those of the first, a stretch of them; its norm."""
+        first, last = (self._shared.flat_grads[0].size * n // self._size for n in (number, number + 1))
+        total, *others = (self._shared.flat_grads[process][first:last] for process in learnt)
         for gradients in others:
             total += gradients
         return optim.global_norm({"": total})
@@ -180,33 +182,22 @@ class Member:
 
 
 class Part(parts.Part):
-    """What has a share, when each process has gradients of its own and spans are in one after another."""
+    """A part that adds up its gradients alone, and whose text's other spans are in the processes before and after."""
 
-    def __init__(self, share: parts.Share, earlier: Connection | None, later: Connection | None) -> None:
+    def __init__(self, share: parts.Share, earlier: Any, later: Any) -> None:
         super().__init__(share)
         self._earlier, self._later = earlier, later
 
-    def sum(self, name: str, array: np.ndarray) -> np.ndarray:
-        return array
-
-    @contextlib.contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        yield
-
     def _to_later(self, layer: int, kv: parts.Pair) -> None:
-        assert self._later
         self._later.send(kv)
 
     def _from_earlier(self, layer: int) -> parts.Pair:
-        assert self._earlier
         return self._earlier.recv()
 
     def _to_earlier(self, layer: int, gradients: parts.Pair) -> None:
-        assert self._earlier
         self._earlier.send(gradients)
 
     def _from_later(self, layer: int) -> parts.Pair:
-        assert self._later
         return self._later.recv()
 
 

@@ -74,10 +74,6 @@ class NumpyEngine:
             self.forget_gradients()  # to which another part may have added its own
         raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
 
-    def parts_of(self, batch: Examples) -> int:
-        """Into how many parts it is divided, without dropout."""
-        return len(self._shares(batch))
-
     def _jobs(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> list[Job]:
         """One for each part."""
         fused, jobs = self._fuses(batch), []

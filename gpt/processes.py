@@ -23,5 +23,5 @@ def start(function: Callable[..., None], *arguments: int, **settings: Any) -> su
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **settings.pop("env", {})}
     call = f"from {function.__module__} import {function.__name__} as call; call{arguments}"
-    # A terminal's Ctrl-C reaches the owner alone.
+    # -P: not what lies in the folder it is started in. And a terminal's Ctrl-C reaches the owner alone.
     return subprocess.Popen([sys.executable, "-P", "-c", call], env=environment, start_new_session=True, **settings)

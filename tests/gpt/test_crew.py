@@ -155,6 +155,33 @@ def test_a_loss_that_is_not_finite_in_another_process_is_an_error_of_this_one():
     assert engine.gradients() == {}
 
 
+def test_batches_of_one_part_start_no_process_and_learn_the_same_beside_some():
+    """To the last bit: a resumed run may not have divided the batch yet for which another has."""
+    one, other = create(dtype="float32"), create(dtype="float32")
+    other.loss(batch(0))
+    for step in range(3):
+        losses = [engine.accumulate(batch(step, rows=1), noise=PhiloxNoise(1, step)) for engine in (one, other)]
+        assert losses[0] == losses[1]
+        assert one.step(1e-2, max_norm=0.5) == other.step(1e-2, max_norm=0.5)
+    assert (len(processes(one)), len(processes(other))) == (0, 2)
+    for name, array in one.parameters().items():
+        np.testing.assert_array_equal(other.parameters()[name], array, err_msg=name)
+
+
+def test_gradients_of_processes_that_have_ended_are_added_up_all_the_same(monkeypatch):
+    engine, again = create(), create()
+    for each in (engine, again):
+        each.accumulate(batch(1), 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "loss", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.loss(batch(2))
+    assert processes(engine) == []
+    for each in (engine, again):
+        each.accumulate(batch(3), 0.5)
+    assert engine.step(1e-3) == again.step(1e-3)
+
+
 @pytest.mark.parametrize("most", [0, 1 << 26])
 def test_a_step_without_gradients_is_refused(most, monkeypatch):
     monkeypatch.setattr(parts, "MOST_APART", most)
