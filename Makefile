@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles a module when it is first imported; to compile all that is installed, at once, would take a minute.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # A new version pin or a new top-level package asks for a fresh install.
 PROJECT := pyproject.toml constraints.txt $(wildcard */__init__.py)
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import kernels  # noqa: E402
 from gpt import cli  # noqa: E402
-from gpt.parity import check, gates, model, subjects  # noqa: E402
+from gpt.parity import check, model, subjects  # noqa: E402
 from gpt.parity.gates import GATES  # noqa: E402
 from gpt.parity.ops import ROWS, Case  # noqa: E402
 
@@ -54,10 +54,14 @@ def test_kernels_compute_what_the_reference_does(row):
     assert not bad
 
 
-@pytest.mark.parametrize("row", OF_KERNELS, ids=lambda row: row.name)
-def test_rounding_is_that_of_pytorch_in_three_types(row, monkeypatch):
-    if row.name == "cross_entropy-all-ignored":
-        monkeypatch.setattr(gates, "SCALAR_DRAWS", 1)  # where every loss is exactly 0
+# Their kernels round as those of other rows do, which have a bias, or whose keys are masked otherwise.
+VARIANTS = re.compile(r".*-(no-bias|ignored|grouped|past|full)")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in OF_KERNELS if not VARIANTS.fullmatch(row.name)], ids=lambda row: row.name
+)
+def test_rounding_is_that_of_pytorch_in_three_types(row):
     if "attention" in row.layer:
         row = replace(row, rounding=in_pairs(row.rounding))
     results, bad = gate_of("rounding", row)

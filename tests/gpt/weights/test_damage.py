@@ -26,7 +26,7 @@ from reference.torch_rng import Generator
 CONFIG = GPTConfig(11, 5, 8, 1, 2, qkv_bias=True, tie_embeddings=True)
 PARAMS = initialize(CONFIG, Generator(1), "gpt2")
 # Function-scoped folders are fine here: each example writes its file anew.
-FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -133,7 +133,7 @@ def test_a_config_that_says_something_else(folder, data):
     assert_reads_or_says_why(folder)
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=200)
 @given(data=st.data())
 def test_a_tokenizer_that_says_something_else(tmp_path, data):
     letters = [bytes((value,)) for value in range(256)]

@@ -16,7 +16,7 @@ from gpt.weights.native import SavedModel, save_model
 from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
-from tests.gpt.weights.conftest import CONFIG, HPARAMS, make_peer, save_with_tensorflow
+from tests.gpt.weights.conftest import CONFIG, make_peer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -307,11 +307,9 @@ def test_show_prints_name_shape_type_and_a_fingerprint_that_no_format_changes(hu
         assert prints[line.split()[0]] == line.split()[-1]
 
 
-def test_a_damaged_tensor_file_of_tensorflow_is_noticed(tmp_path):
+def test_a_damaged_tensor_file_of_tensorflow_is_noticed(openai_folder, tmp_path):
     """Of a copy, whose file `checkpoint` names the folder that it was written to, where all is well."""
-    (tmp_path / "written").mkdir()
-    save_with_tensorflow(tmp_path / "written", hparams={**HPARAMS, "n_layer": 1})
-    shutil.copytree(tmp_path / "written", tmp_path / "copy")
+    shutil.copytree(openai_folder[0], tmp_path / "copy")
     data = tmp_path / "copy" / "model.ckpt.data-00000-of-00001"
     raw = bytearray(data.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
