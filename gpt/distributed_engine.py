@@ -218,6 +218,7 @@ class ShardedEngine(SharedEngine):
         super().load_parameters(params)
 
     def optimizer_state(self) -> Arrays:
+        self._sharded.reshard()  # after an evaluation the model has other tensors than its optimizer
         if not self._optimizer.state:  # before the first step, where PyTorch would take one
             shapes = face.optimizer_shapes(self.config, self.trained)
             return {

@@ -92,6 +92,7 @@ def results(parallel: str | None) -> dict[str, np.ndarray]:
         seen["next logits"] = engine.logits(np.array([[5], [6]]), cache)
         engine.accumulate(batches[0], last=False)
         engine.forget_gradients()
+        seen["evaluated last"] = engine.loss(batches[0])  # as before a checkpoint
         state, params = engine.optimizer_state(), engine.parameters()
         if world.is_first():
             seen |= {f"parameter {name}": array.copy() for name, array in params.items()}
