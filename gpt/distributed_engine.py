@@ -171,6 +171,7 @@ class ShardedEngine(SharedEngine):
     """A part of each parameter in each process, along its first axis; `parameters`, `optimizer_state` gather them."""
 
     _without_gradient = torch.no_grad  # what is gathered in inference mode, training could not gather into again
+    _compiles_step = False  # of parameters in parts
 
     def __init__(
         self,
@@ -186,11 +187,10 @@ class ShardedEngine(SharedEngine):
     ) -> None:
         if precision == "float16":
             raise UserError("precision: float16 scales gradients that fsdp has in parts; choose bfloat16, or ddp")
-        if compile:
-            raise UserError("compile: fsdp gathers parameters between what would be compiled; choose ddp")
         super().__init__(
             config, params, optimizer, dtype, device, operators, precision, compile, checkpoint_activations
         )
+        self._logits = _eagerly(self._logits)  # texts grow, and each length would be compiled
         self._dtype = dtype
         self._waiting = False  # whether there are gradients that have not been added up
 
@@ -238,6 +238,13 @@ class ShardedEngine(SharedEngine):
         assert isinstance(self.root, FSDPModule)
         return self.root
 
+    def _compile(self) -> None:
+        """Each block alone, for between them parameters are gathered."""
+        # All blocks have the same code, which is compiled for each, with gradients and without.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * self.config.n_layers)
+        for block in self.model.blocks:
+            block.forward = torch.compile(block.forward)
+
     def _place(self, model: GPT) -> GPT:
         """Each block is a unit that is gathered and forgotten, and what is outside of them another."""
         mesh = init_device_mesh(self.device.type, (world.size(),))
@@ -282,6 +289,16 @@ class _Entry(nn.Module):
 
     def forward(self, call: str, *args: Any, **named: Any) -> torch.Tensor:
         return self.calls[call](*args, **named)
+
+
+def _eagerly(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same without what is compiled in it."""
+
+    def call(*args: Any, **named: Any) -> torch.Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args, **named)
+
+    return call
 
 
 def _pairs_noise(chosen: PhiloxNoise, rejected: PhiloxNoise) -> Noise:

@@ -283,9 +283,10 @@ def create_engine(
     "triton" is PyTorch's model on the kernels (gpt/ops.py). `dtype`, of parameters and gradients, is float32 or
     float64. `precision` bfloat16 or float16 computes in that type where torch.autocast does, float16 with its gradients
     scaled; tf32 lets GPUs round the factors of float32 products to 10 bits, in the whole process. `compile` is
-    torch.compile, of the model and of the optimizer's step. These two and `device` are not for the NumPy engine, which
-    runs on the CPU. `parallel` lets the processes that torchrun started share each batch (gpt/distributed_engine.py).
-    `checkpoint_activations` keeps each block's input alone, and computes the rest again in the backward pass.
+    torch.compile, of the model and of the optimizer's step, or of each block where `parallel` is fsdp. These two and
+    `device` are not for the NumPy engine, which runs on the CPU. `parallel` lets the processes that torchrun started
+    share each batch (gpt/distributed_engine.py). `checkpoint_activations` keeps each block's input alone, and computes
+    the rest again in the backward pass.
     """
     if dtype not in ("float32", "float64"):
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")

@@ -98,13 +98,13 @@ class Attention(nn.Module):
         self.key = Linear(config, f"{name}.key", emb, kv_dim, config.qkv_bias, layer)
         self.value = Linear(config, f"{name}.value", emb, kv_dim, config.qkv_bias, layer)
         self.out = Linear(config, f"{name}.out", q_dim, emb, config.bias, layer)
-        self.config, self.operators, self.layer = config, operators, layer
+        self.config, self.operators, self.layer, self.name = config, operators, layer, name
 
     def forward(
         self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None, turns: Any = None
     ) -> torch.Tensor:
         B, T, _ = x.shape
-        rate, name = self.config.attn_dropout, f"blocks.{self.layer}.attn"
+        rate, name = self.config.attn_dropout, self.name
         heads = []
         for part in (self.query, self.key, self.value):
             y = part(x, noise, trace)
@@ -156,12 +156,12 @@ class Block(nn.Module):
         self.attn = Attention(config, operators, layer)
         self.norm2 = NORMS[config.norm](config, operators)
         self.mlp = MLP(config, operators, layer)
-        self.rate, self.operators, self.layer = config.shortcut_dropout, operators, layer
+        self.rate, self.operators, self.layer, self.name = config.shortcut_dropout, operators, layer, f"blocks.{layer}"
 
     def forward(
         self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None, turns: Any = None
     ) -> torch.Tensor:
-        name = f"blocks.{self.layer}"
+        name = self.name
         y = self.norm1(x)
         trace(f"{name}.norm1", y)
         y = self.attn(y, noise, trace, cache, turns)

@@ -35,6 +35,7 @@ class TorchEngine:
     """See gpt.engine.Engine."""
 
     _without_gradient: type[torch.inference_mode] | type[torch.no_grad] = torch.inference_mode
+    _compiles_step = True  # the optimizer's, where anything is compiled
 
     def __init__(
         self,
@@ -69,18 +70,19 @@ class TorchEngine:
         if precision == "tf32":  # says nothing to a CPU
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
-        self._loss = torch.compile(self.model.loss) if compile else self.model.loss
-        self._logps = torch.compile(self.model.token_logps) if compile else self.model.token_logps
+        self._loss, self._logps = self.model.loss, self.model.token_logps
         self._logits: Callable[..., torch.Tensor] = self.model
-        self._compiled = compile
+        self._compiled, self._step_compiled = compile, compile and self._compiles_step
+        if compile:
+            self._compile()
         self._optimizer = torch.optim.AdamW(
             groups,
-            lr=self._number(optimizer.lr) if compile else optimizer.lr,
+            lr=self._number(optimizer.lr) if self._step_compiled else optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
-            capturable=compile and self.device.type == "cuda",
+            capturable=self._step_compiled and self.device.type == "cuda",
         )
-        if compile:  # what changes from step to step is in tensors, and nothing is compiled again
+        if self._step_compiled:  # what changes from step to step is in tensors, and nothing is compiled again
             for p in self._trained.values():
                 self._remember(p, 0, torch.zeros_like(p), torch.zeros_like(p))
             step = torch.optim.AdamW.step  # within, what only labels it for a profiler
@@ -151,7 +153,7 @@ class TorchEngine:
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained.values(), max_norm, total)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["lr"].fill_(lr) if self._compiled else lr
+            group["lr"] = group["lr"].fill_(lr) if self._step_compiled else lr
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self.forget_gradients()
@@ -215,7 +217,7 @@ class TorchEngine:
 
     def _remember(self, p: torch.Tensor, step: int, m: torch.Tensor, v: torch.Tensor) -> None:
         """Give the optimizer its memory of a parameter."""
-        count = self._number(step) if self._compiled else torch.tensor(float(step))
+        count = self._number(step) if self._step_compiled else torch.tensor(float(step))
         self._optimizer.state[p] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
 
     def _number(self, value: float) -> torch.Tensor:
@@ -244,6 +246,10 @@ class TorchEngine:
             loss = self.model.operators.cross_entropy(logits, targets)
         trace("loss", loss.detach().cpu().numpy())
         torch.autograd.grad(loss, list(params.values()))
+
+    def _compile(self) -> None:
+        """What gives losses, as a whole."""
+        self._loss, self._logps = torch.compile(self.model.loss), torch.compile(self.model.token_logps)
 
     def _place(self, model: GPT) -> GPT:
         """A model without data as one with memory for it."""

@@ -7,9 +7,11 @@ torchrun ... distributed_worker.py train PIDS ...       `twingrad train ...`, ea
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gpt import ops, world
 from gpt.cli import main
@@ -26,14 +28,16 @@ GPT2 = GPTConfig(29, 8, 12, 2, 3, emb_dropout=0.1, shortcut_dropout=0.1, attn_dr
 LLAMA = GPT2.replace(norm="rms_norm", mlp="swiglu", position="rope", tie_embeddings=False, n_layers=1)
 ADAPTERS = {"lora": LoRA(rank=2, alpha=4.0, dropout=0.2)}
 # name -> architecture, operators, dtype, kind of examples, settings of the optimizer
-KERNELS = "kernels"  # whose case is a small one, for they are interpreted
+# Small ones: kernels are interpreted, and compiling takes its time.
+KERNELS, COMPILED = FEW = "kernels", "compiled"
 CASES = {
     "gpt2 float32": (GPT2, "torch", "float32", "text", {}),
     "gpt2 float64": (GPT2, "torch", "float64", "text", {"trained": ("blocks.*", "final_norm.*")}),
     "pairs": (GPT2, "torch", "float64", "pairs", {}),
     KERNELS: (LLAMA, "triton", "float32", "text", {}),
+    COMPILED: (GPT2, "torch", "float64", "text", {}),  # where processes share the model
 }
-AGAIN = "gpt2 float64", KERNELS  # of which processes that share them keep no activations
+AGAIN = "gpt2 float64", *FEW  # of which processes that share them keep no activations
 TOKENS = np.random.default_rng(1).integers(0, 29, 300)
 
 
@@ -53,7 +57,7 @@ def results(parallel: str | None) -> dict[str, np.ndarray]:
     """All that an engine gives in steps of micro-batches whose sizes no number of processes divides."""
     found: dict[str, np.ndarray] = {}
     for case, (config, operators, dtype, kind, settings) in CASES.items():
-        few = case == KERNELS
+        few = case in FEW
         if few and world.size() > 2:
             continue
         rng, stream = np.random.default_rng(0), Generator(1)
@@ -61,14 +65,17 @@ def results(parallel: str | None) -> dict[str, np.ndarray]:
         if kind == "pairs":
             params, config = adapt(params, config, stream, **ADAPTERS)
         optimizer = OptimizerConfig(lr=1e-2, **settings)
-        again = parallel is not None and case in AGAIN
+        again, compiled = (parallel is not None and case in cases for cases in (AGAIN, [COMPILED]))
         engine = create_engine(
-            operators, config, params, optimizer, dtype, "cpu", parallel=parallel, checkpoint_activations=again
-        )
-        seen: dict[str, object] = {"moments before a step": engine.optimizer_state().get("m.final_norm.weight", 0)}
+            operators, config, params, optimizer, dtype, "cpu",
+            parallel=parallel, checkpoint_activations=again, compile=compiled,
+        )  # fmt: skip
+        before = engine.optimizer_state().get("m.final_norm.weight", 0)
+        seen: dict[str, object] = {"moments before a step": np.array(before)}
         for step in range(1 if few else 3):
             row = 0
-            batches = [examples(kind, rng, n) for n in ((3, 1) if few else (5, 3, 1))]
+            sizes = {KERNELS: (3, 1), COMPILED: (4, 4)}.get(case, (5, 3, 1))  # compiled at each size
+            batches = [examples(kind, rng, n) for n in sizes]
             counted = sum(batch.counted for batch in batches)
             for i, batch in enumerate(batches):
                 noise = PhiloxNoise(7, step, row)
@@ -136,8 +143,7 @@ def refused(parallel: str) -> dict[str, np.ndarray]:
     batch.inputs[3, 5] = 28  # the last process's
     say("row", lambda: engine.accumulate(batch))
     if parallel == "fsdp":
-        for name, settings in {"float16": {"precision": "float16"}, "compile": {"compile": True}}.items():
-            say(name, lambda settings=settings: create_engine("torch", GPT2, params, parallel="fsdp", **settings))
+        say("float16", lambda: create_engine("torch", GPT2, params, parallel="fsdp", precision="float16"))
     assert issubclass(NonFiniteError, UserError)
     return said
 
@@ -168,6 +174,7 @@ if __name__ == "__main__":
         with world.contact():
             world.first(lambda: print("computes", flush=True) or time.sleep(300))
     world.start(120)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # all but the machine code
     ops.LOGITS = 0  # heads' losses in chunks, as those of many logits are
     parts = {}
     for way in ("ddp", "fsdp"):
