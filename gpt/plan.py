@@ -19,8 +19,8 @@ kernels what their `Saved` names (kernels/), and frees both on the way. Sizes, a
 
     B, T rows and their tokens   C emb_dim   H, G heads of queries and of keys   D head_dim   M mlp_dim   V logits
 
-Not counted are the interpreter, its libraries, and what an allocator holds without use; a few numbers a row or a
-parameter's bias, where they are next to nothing, are.
+Not counted are the interpreter, its libraries, what an allocator holds without use, and what torch.compile changes; a
+few numbers a row or a parameter's bias, where they are next to nothing, are.
 """
 
 from __future__ import annotations

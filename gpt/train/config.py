@@ -131,8 +131,8 @@ class ModelConfig:
     """What PyTorch computes in: full is `dtype`, tf32 rounds factors on GPUs, the others are its autocast, with
     float16's gradients scaled."""
     compile: bool = False
-    """Whether PyTorch compiles the model and the optimizer's step (torch.compile), which takes a minute and pays on
-    GPUs and in long runs."""
+    """Whether PyTorch compiles the model and the optimizer's step, under fsdp each block (torch.compile), which takes a
+    minute and pays on GPUs and in long runs."""
     checkpoint_activations: bool = False
     """Whether a block's activations are computed again in the backward pass instead of kept: a third more work, a
     fraction of the memory."""

@@ -47,8 +47,7 @@ def splits_of(monkeypatch, programs, fewest=32):
 # Rows.
 
 
-@pytest.mark.parametrize("H, G", [(2, 2), (6, 2), (5, 1)])
-@pytest.mark.parametrize("T", [1, 4, 33])
+@pytest.mark.parametrize("H, G, T", [*((H, G, T) for H, G in [(2, 2), (6, 2), (5, 1)] for T in (1, 4)), (4, 2, 33)])
 def test_a_row_among_others_is_attended_to_as_if_it_were_alone(H, G, T):
     q, k, v, starts = problem(5, H, G, T, 140, 8)
     together = run(q, k, v, starts)

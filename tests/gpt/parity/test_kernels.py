@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import kernels  # noqa: E402
 from gpt import cli  # noqa: E402
-from gpt.parity import check, model, subjects  # noqa: E402
+from gpt.parity import check, gates, model, subjects  # noqa: E402
 from gpt.parity.gates import GATES  # noqa: E402
 from gpt.parity.ops import ROWS, Case  # noqa: E402
 
@@ -61,7 +61,8 @@ VARIANTS = re.compile(r".*-(no-bias|ignored|grouped|past|full)")
 @pytest.mark.parametrize(
     "row", [row for row in OF_KERNELS if not VARIANTS.fullmatch(row.name)], ids=lambda row: row.name
 )
-def test_rounding_is_that_of_pytorch_in_three_types(row):
+def test_rounding_is_that_of_pytorch_in_three_types(row, monkeypatch):
+    monkeypatch.setattr(gates, "SCALAR_DRAWS", 16)
     if "attention" in row.layer:
         row = replace(row, rounding=in_pairs(row.rounding))
     results, bad = gate_of("rounding", row)
