@@ -1,5 +1,6 @@
 """Settings that hold for all tests."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def pytest_collection_finish() -> None:
     """Once the tests have imported what they need: no process imports Triton for this alone."""
     if "triton" in sys.modules:
         _patch_once_a_launch()
+        _leave_out_what_is_thrown_away()
 
 
 def _patch_once_a_launch() -> None:
@@ -63,3 +65,13 @@ def _patch_once_a_launch() -> None:
         return scope
 
     interpreter._patch_lang = patch
+
+
+def _leave_out_what_is_thrown_away() -> None:
+    """Without its option `debug` the interpreter computes whether integers overflow, and tells nobody."""
+    from triton.runtime import interpreter
+
+    builder = getattr(interpreter, "interpreter_builder", None)
+    options = getattr(builder, "options", None)
+    if hasattr(options, "sanitize_overflow") and not options.debug:
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)
