@@ -190,7 +190,8 @@ class ShardedEngine(SharedEngine):
         super().__init__(
             config, params, optimizer, dtype, device, operators, precision, compile, checkpoint_activations
         )
-        self._logits = _eagerly(self._logits)  # texts grow, and each length would be compiled
+        if compile:
+            self._logits = _eagerly(self._logits)  # texts grow, and each length would be compiled
         self._dtype = dtype
         self._waiting = False  # whether there are gradients that have not been added up
 

@@ -161,7 +161,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, noise: Any = None, trace: Any = _no_trace, cache: Cache | None = None, turns: Any = None
     ) -> torch.Tensor:
-        name = self.name
+        name = self.name  # not made of the number here: of several blocks torch.compile keeps that as a symbol
         y = self.norm1(x)
         trace(f"{name}.norm1", y)
         y = self.attn(y, noise, trace, cache, turns)

@@ -62,7 +62,7 @@ VARIANTS = re.compile(r".*-(no-bias|ignored|grouped|past|full)")
     "row", [row for row in OF_KERNELS if not VARIANTS.fullmatch(row.name)], ids=lambda row: row.name
 )
 def test_rounding_is_that_of_pytorch_in_three_types(row, monkeypatch):
-    monkeypatch.setattr(gates, "SCALAR_DRAWS", 16)
+    monkeypatch.setattr(gates, "SCALAR_DRAWS", 16)  # of twice as many below, where all is checked
     if "attention" in row.layer:
         row = replace(row, rounding=in_pairs(row.rounding))
     results, bad = gate_of("rounding", row)
