@@ -10,15 +10,22 @@ from bench import results
 from gpt.errors import UserError, require
 from gpt.parity.cli import interpret_without_gpu
 
+INTERRUPTED = 130  # the status of what Ctrl-C ended, as shells have it
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; its exit status, or 2 for a mistake in the arguments."""
     arguments = _parser().parse_args(argv)
     try:
+        if getattr(arguments, "out", None) is not None:
+            results.check_can_write(arguments.out)  # before it is measured, not after
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     encoding.add_argument("--megabytes", type=float, help="of text (64)")
     encoding.add_argument("--rounds", type=int, help="of each (5)")
     shared = commands.add_parser("distributed", help="training steps shared by processes, against one with all threads")
-    shared.add_argument("cases", nargs="*", metavar="CASE", help="bytes-small, gpt2-small; both unless named")
+    shared.add_argument(
+        "cases", nargs="*", metavar="CASE", help="bytes-small, gpt2-small, gpt2-small-1024; all unless named"
+    )
     shared.add_argument("--processes", type=int, default=2, help="that share a step, and threads of the one (2)")
     shared.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how they share it (ddp)")
     shared.add_argument("--rounds", type=int, help="timed turns of each (default: by the case)")
@@ -152,7 +161,8 @@ def _gpu(arguments: argparse.Namespace) -> int:
     from bench import gpu
 
     given = {name: getattr(arguments, name) for name in ("minutes", "check", "tiny", "kernel", "out")}
-    return gpu.main(gpu.Options((*arguments.layers, *filter(None, [arguments.op])), **given))
+    layers = dict.fromkeys([*arguments.layers, *filter(None, [arguments.op])])
+    return gpu.main(gpu.Options(tuple(layers), **given))
 
 
 def _compare(arguments: argparse.Namespace) -> int:

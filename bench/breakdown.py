@@ -27,6 +27,7 @@ from bench.contest import show_table
 from bench.sweep import AXES, Point
 from bench.work import gradients
 from gpt.engine import Batch, OptimizerConfig
+from gpt.errors import UserError
 from gpt.numpy_engine import NumpyEngine
 from reference import attention, cross_entropy, embedding, gelu, layer_norm, linear
 from reference.init import initialize
@@ -102,13 +103,15 @@ def measure(point: Point, steps: int = STEPS) -> dict[str, Any]:
 
 def main(steps: int | None, out: Path | None) -> int:
     """Measure every size, print a table, write JSON."""
+    if steps is not None and steps < 1:
+        raise UserError(f"steps: expected at least 1, got {steps}")
     limits, cases = ceilings.measure(), {}
     with Progress(transient=True) as progress:
         for name, point in progress.track(POINTS.items(), description="steps"):
             cases[name] = measure(point, steps or STEPS)
+            if out:  # so that what ends it loses no more than one size
+                results.write(out, "breakdown", cases, ceilings=limits)
     show_table(*rows_of(cases, limits))
-    if out:
-        results.write(out, "breakdown", cases, ceilings=limits)
     return 0
 
 

@@ -149,15 +149,18 @@ def _row(name: str, contestant: str, one: Any, other: Any, apart: str, confidenc
         return row("not comparable", apart)
     if wrong := _other_settings(one["settings"], other["settings"]):
         return row("not comparable", wrong)
-    control = _control(contestant, one, other, options)
     series = []
     for letter, case in (("A", one), ("B", other)):
         sessions = case["contestants"][contestant]["seconds"]["sessions"]
         if not sessions or len(sessions) < 2:
             return row("not judged", f"{letter} kept {'one session, two are needed' if sessions else 'no rounds'}")
-        if control:
-            sessions = stats.ratios(sessions, case["contestants"][control]["seconds"]["sessions"])
         series.append(sessions)
+    control = _control(contestant, one, other, options)
+    if control:
+        series = [
+            stats.ratios(sessions, case["contestants"][control]["seconds"]["sessions"])
+            for sessions, case in zip(series, (one, other), strict=True)
+        ]
     change = stats.change(series[0], series[1], confidence)
     return row(VERDICTS[change.beyond(options.least / 100)], "", change, control)
 
@@ -167,8 +170,12 @@ def _control(contestant: str, one: Any, other: Any, options: Options) -> str | N
     name = one.get("control")
     if options.times or name == contestant or name != other.get("control") or name is None:
         return None
-    there = (case["contestants"].get(name) for case in (one, other))
-    return name if all(each and each["seconds"]["sessions"] for each in there) else None
+
+    def sessions(case: Any, who: str) -> int:
+        each = case["contestants"].get(who)
+        return len(each["seconds"]["sessions"] or ()) if each else 0
+
+    return name if all(sessions(case, name) == sessions(case, contestant) for case in (one, other)) else None
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -209,10 +216,11 @@ def cases(document: Mapping[str, Any]) -> dict[str, Any]:
             found = _of_gpu(found["measurements"])
         for case in found.values():
             for contestant in case["contestants"].values():
-                rounds = [x for session in contestant["seconds"]["sessions"] or () for x in session]
-                if not all(0 < seconds < math.inf for seconds in [contestant["seconds"]["median"], *rounds]):
+                sessions = contestant["seconds"]["sessions"] or ()
+                rounds = [x for session in sessions for x in session]
+                if not all(sessions) or not all(0 < x < math.inf for x in [contestant["seconds"]["median"], *rounds]):
                     raise ValueError
-            case["settings"], case["control"]
+            case["control"], case["settings"].keys()
     except (KeyError, TypeError, AttributeError, ValueError):
         why = f"a result of kind {kind!r} has no times that could be compared"
         more = "; for what compilers made: bench static --against" if kind == "static" else ""

@@ -129,6 +129,8 @@ def main(names: list[str], sessions: int | None, rounds: int | None, out: Path |
         if name not in NAMES:
             raise UserError(f"{name!r} is not one of {', '.join(NAMES)}")
     check_counts(sessions, rounds)
+    if set(names or NAMES) & set(generate.CASES):
+        check_installed("transformers", extra="bench")
     sessions = sessions or SESSIONS
     limits = ceilings.measure() if out else {}
     measured: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from typing import Any
 
 from bench import results
 from bench.contest import show_table
+from bench.cpu import check_counts
 from gpt import tokenizers
 from gpt.data import parts, prepare
 from gpt.data.catalogue import standard_library
@@ -25,6 +26,7 @@ from gpt.errors import UserError
 
 TARGET = 0.8  # of tiktoken's rate, for each process
 MEGABYTES, ROUNDS = 64, 5
+MOST = 10_000  # megabytes, which are held in memory
 DOCUMENT = 4000  # characters
 
 
@@ -85,10 +87,11 @@ def measure(megabytes: float, rounds: int, counts: Sequence[int]) -> dict[str, A
 
 def main(megabytes: float | None, rounds: int | None, out: Path | None) -> int:
     """Measure with one process and with as many as there are cores, print the table, write JSON."""
-    megabytes, rounds = megabytes or MEGABYTES, rounds or ROUNDS
-    if megabytes <= 0 or rounds < 1:
-        raise UserError(f"megabytes and rounds: expected more than 0, got {megabytes} and {rounds}")
-    measured = measure(megabytes, rounds, sorted({1, cores()}))
+    check_counts(None, rounds)
+    megabytes = MEGABYTES if megabytes is None else megabytes
+    if not 1e-3 <= megabytes <= MOST:
+        raise UserError(f"megabytes: expected 0.001 to {MOST}, got {megabytes}")
+    measured = measure(megabytes, rounds or ROUNDS, sorted({1, cores()}))
     show_table(*rows_of(measured))
     if out:
         results.write(out, "data", measured)

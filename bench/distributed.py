@@ -8,8 +8,10 @@ together do of those that the one does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
@@ -73,29 +75,44 @@ class Workers:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # Ctrl-C reaches their owner alone, which ends them
             )
             for rank in range(processes)
         ]
-        self.hear()
+        try:
+            self.hear()
+        except BaseException:
+            self.close()
+            raise
 
     def step(self) -> float:
         """Have them take their steps in a row; the seconds of one, of the process that took longest."""
         for process in self.processes:
             assert process.stdin
-            print(file=process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # whoever hears nothing says why below
+                print(file=process.stdin, flush=True)
         return max(self.hear())
 
     def hear(self) -> list[float]:
-        """The next number of each."""
-        lines = []
-        for process in self.processes:
-            assert process.stdout
-            lines.append(process.stdout.readline())
-            if not lines[-1]:
-                raise UserError(f"a process ended early with status {process.wait()}")
-        return [float(line) for line in lines]
+        """The next number of each. UserError as soon as one has ended, for which the others would wait."""
+        lines: dict[int, str] = {}
+        with selectors.DefaultSelector() as waiting:
+            for rank, process in enumerate(self.processes):
+                assert process.stdout
+                waiting.register(process.stdout, selectors.EVENT_READ, rank)
+            while len(lines) < len(self.processes):
+                for key, _ in waiting.select():
+                    rank = key.data
+                    waiting.unregister(key.fileobj)
+                    lines[rank] = self.processes[rank].stdout.readline()  # type: ignore[union-attr]
+                    if not lines[rank]:
+                        raise UserError(f"process {rank} ended early with status {self.processes[rank].wait()}")
+        return [float(lines[rank]) for rank in range(len(lines))]
 
     def close(self) -> None:
+        """End them, whatever they do: they leave nothing behind."""
+        for process in self.processes:
+            process.kill()
         for process in self.processes:
             process.communicate()
 
@@ -103,9 +120,11 @@ class Workers:
 def measure(case: Case, processes: int = 2, parallel: str = "ddp", rounds: int | None = None) -> dict[str, Any]:
     """Seconds of each step, and the throughput of the processes as a part of that of the one."""
     rounds = rounds or case.rounds
-    contestants = {"one": Workers(case, 1, processes, parallel), "shared": Workers(case, processes, 1, parallel)}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    contestants: dict[str, Workers] = {}
+    seconds: dict[str, list[float]] = {"one": [], "shared": []}
     try:
+        contestants["one"] = Workers(case, 1, processes, parallel)
+        contestants["shared"] = Workers(case, processes, 1, parallel)
         for _ in range(rounds):
             for name, workers in contestants.items():
                 seconds[name].append(workers.step())
@@ -164,10 +183,12 @@ def main(names: Sequence[str], processes: int, parallel: str, rounds: int | None
     if processes < 2:
         raise UserError(f"processes: expected at least 2, got {processes}")
     check_counts(None, rounds)
-    measured = {name: measure(CASES[name], processes, parallel, rounds) for name in names or CASES}
+    measured: dict[str, Any] = {}
+    for name in names or CASES:
+        measured[name] = measure(CASES[name], processes, parallel, rounds)
+        if out:  # so that what ends it loses no more than one case
+            results.write(out, "distributed", measured)
     show_table(*rows_of(measured))
-    if out:
-        results.write(out, "distributed", measured)
     return 0
 
 

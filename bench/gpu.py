@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from gpt.parity.subjects import as_tuple, function, on_gpu
 
 AGREEMENT = 0.1  # ||a - b|| / ||b||: far more than rounding to 16 bits, far less than another function
 FOR_CHECKS = 0.45  # of the time, at most
+MOST_MINUTES = 1440
 FOR_MODELS = 100  # seconds that are kept for them
 SPARE = 20  # seconds: one more case, the tables and the plots
 
@@ -68,7 +70,7 @@ class Run:
 
 
 def main(options: Options) -> int:
-    """Check, measure, print, write JSON and plots. 1 where a check fails; UserError without a GPU."""
+    """Check, measure, print, write JSON and plots. 1 where a check fails or measuring; UserError without a GPU."""
     run = begin(options)
     findings, everything = run.findings, not options.layers
     chosen = [case for case in cases(run.tiny) if everything or case.operator in options.layers]
@@ -78,6 +80,7 @@ def main(options: Options) -> int:
         if not checks.run(findings, options.layers, compiled, run.begun + FOR_CHECKS * 60 * run.minutes):
             print("error: a check failed, nothing was timed; --no-check times all the same", file=sys.stderr)
             return 1
+    failed = False
     try:
         run.say("ceilings")
         findings.ceilings = roofline.ceilings(run.device, run.tiny)
@@ -88,10 +91,14 @@ def main(options: Options) -> int:
         measure_all(run, [case for case in chosen if case not in first], SPARE)
     except KeyboardInterrupt:
         findings.left_out["the rest"] = "interrupted"
+    except Exception as error:  # what has been measured is kept
+        traceback.print_exc()
+        findings.left_out["the rest"] = f"{type(error).__name__}: {error}"[:240]
+        failed = True
     print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
     report.show(findings, targets=run.device == "cuda" and not run.tiny and everything)
     write(run, options)
-    return 0
+    return int(failed)
 
 
 def begin(options: Options) -> Run:
@@ -100,8 +107,8 @@ def begin(options: Options) -> Run:
     if not cuda and not options.tiny:
         why = "TRITON_INTERPRET is set" if torch.cuda.is_available() else "no CUDA GPU is here"
         raise UserError(f"bench gpu: {why}; --tiny tries the benchmark itself, on the CPU, interpreted")
-    if not options.minutes > 0:
-        raise UserError(f"minutes: expected more than 0, got {options.minutes}")
+    if not 0 < options.minutes <= MOST_MINUTES:
+        raise UserError(f"minutes: expected more than 0 and at most {MOST_MINUTES}, got {options.minutes}")
     known = {case.operator for case in cases(tiny=True)}
     for name in options.layers:
         if name not in known:
@@ -239,21 +246,22 @@ def measure_models(run: Run) -> None:
             run.say(what)
             with noting(run, what):
                 steps[operators], shape = training_step(operators, mode, run.device, run.tiny)
-        memory = {operators: clock.peak(step) for operators, step in steps.items()}
-        for operators, taken in clock.times(steps, run.device, 0.01 if run.tiny else 6).items() if steps else ():
-            low, middle, high = quantiles(taken, n=4, method="inclusive")
-            run.findings.models.append(
-                {
-                    **shape,
-                    "operators": operators,
-                    "mode": mode,
-                    "seconds": middle,
-                    "quartiles": (low, high),
-                    "calls": len(taken),
-                    "tokens_per_s": shape["batch"] * shape["length"] / middle,
-                    "peak_bytes": memory[operators],
-                }
-            )
+        with noting(run, f"model, {mode}"):
+            memory = {operators: clock.peak(step) for operators, step in steps.items()}
+            for operators, taken in clock.times(steps, run.device, 0.01 if run.tiny else 6).items() if steps else ():
+                low, middle, high = quantiles(taken, n=4, method="inclusive")
+                run.findings.models.append(
+                    {
+                        **shape,
+                        "operators": operators,
+                        "mode": mode,
+                        "seconds": middle,
+                        "quartiles": (low, high),
+                        "calls": len(taken),
+                        "tokens_per_s": shape["batch"] * shape["length"] / middle,
+                        "peak_bytes": memory[operators],
+                    }
+                )
 
 
 def training_step(operators: str, mode: str, device: str, tiny: bool) -> tuple[clock.Call, dict[str, Any]]:

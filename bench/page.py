@@ -6,10 +6,12 @@ results of it says. The README's figures stand between two marks, and are made o
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import breakdown, data, distributed, pictures, results, sweep, work
@@ -90,14 +92,18 @@ def main(folder: Path, check: bool) -> int:
     With `check`: write nothing; 1, and a line for each, where a text is not what would be written.
     """
     found = load(folder)
-    texts = {page_of(folder): page(found)}
+    texts = {page_of(folder): _made(found, folder, lambda: page(found))}
     if folder.resolve() == results.FOLDER.resolve():
-        texts[README] = with_figures(README.read_text(encoding="utf-8"), figures(found))
+        of_readme = _made(found, folder, lambda: figures(found))
+        texts[README] = with_figures(README.read_text(encoding="utf-8"), of_readme)
     if check:
         stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
         for path in stale:
             print(f"out of date: {path}; python -m bench report makes it anew", file=sys.stderr)
         return int(bool(stale))
+    own = page_of(folder)
+    if own.is_file() and MADE not in own.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{own}: not a page of results, and would be written over; rename it or the folder")
     for path in pictures.draw(found, folder):
         print(f"wrote {path}")
     for path, text in texts.items():
@@ -107,10 +113,21 @@ def main(folder: Path, check: bool) -> int:
     return 0
 
 
+def _made(found: Sequence[Result], folder: Path, text: Callable[[], str]) -> str:
+    """A text of results. UserError where one of them lacks what a text says of its kind."""
+    try:
+        return text()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        names = ", ".join(one.path.name for one in found)
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: one of {names} is damaged, or lacks what the page tells of it ({what})") from error
+
+
 # The page.
 
+MADE = "made by python -m bench report"
 SHARED = (
-    "Two processes of one thread each, against one process of PyTorch eager with two threads, on the same batches\n"
+    "Processes of one thread each, against one process of PyTorch eager with as many threads, on the same batches\n"
     "([distributed.py](distributed.py))."
 )
 PREPARING = (
@@ -122,7 +139,7 @@ PREPARING = (
 def page(found: Sequence[Result]) -> str:
     """The page, whole."""
     parts = [
-        f"# Results\n\n<!-- made by python -m bench report from {_folder(found)}/*.json: edit neither -->\n",
+        f"# Results\n\n<!-- {MADE} from {_folder(found)}/*.json: edit neither -->\n",
         "Medians of rounds that all contestants took in turns, each in a process of its own, float32; in brackets the\n"
         "quartiles. A ratio is taken round by round: below 1, NumPy took less time than the peer. How results are\n"
         "compared says [compare.py](compare.py), what work counts [work.py](work.py), who the peers are\n"
@@ -149,6 +166,11 @@ def _section(title: str, sources: Sequence[Result], lines: Iterator[str], comman
     if not body:
         return f"## {title}\n\nNo results yet. They come by `python -m bench {command}`.\n"
     return "\n\n".join([f"## {title}", *body, "\n".join(f"- {one.source()}" for one in sources)]) + "\n"
+
+
+def _command(found: Sequence[Result], work: str, name: str = "") -> str:
+    """What measures into this folder; `name`: of the file, where it is not the command's."""
+    return f"{work} --out bench/{_folder(found)}/{name or work}.json"
 
 
 def _folder(found: Sequence[Result]) -> str:
@@ -186,7 +208,7 @@ def _training(found: Sequence[Result]) -> str:
         if picture := _picture(found, "steps"):
             yield picture
 
-    return _section("Training steps", _with(found, "cpu", _is_step), lines(), "cpu --out bench/results/cpu.json")
+    return _section("Training steps", _with(found, "cpu", _is_step), lines(), _command(found, "cpu"))
 
 
 def _finetuning(found: Sequence[Result]) -> str:
@@ -197,19 +219,19 @@ def _finetuning(found: Sequence[Result]) -> str:
             if "of_full" in case:
                 yield of_full(case)
 
-    command = "cpu classify lora dpo orpo --out bench/results/finetune.json"
+    command = _command(found, "cpu classify lora dpo orpo", "finetune")
     return _section("Steps that finetune", _with(found, "cpu", _is_finetuning), lines(), command)
 
 
 def _generating(found: Sequence[Result]) -> str:
-    command = "cpu generate generate-llama --out bench/results/generate.json"
+    command = _command(found, "cpu generate generate-llama", "generate")
     lines = _contests(found, _is_writing)
     return _section("Generating", _with(found, "cpu", _is_writing), lines, command)
 
 
 def _contests(found: Sequence[Result], wanted: Any) -> Iterator[str]:
     for name, case in _cases(found, "cpu", wanted):
-        yield f"**{CASES.get(name, name)}**, {_size(case['settings'])}:"
+        yield f"**{CASES.get(name, name)}**, {_size(case['settings'])}{_rounds([case])}:"
         rows = []
         for who in _in_order(case["contestants"]):
             figures = case["contestants"][who]
@@ -225,6 +247,16 @@ def _contests(found: Sequence[Result], wanted: Any) -> Iterator[str]:
             yield f"Peak memory, NumPy / PyTorch: {share}: {verdict}."
         if of_plan := _of_plan([case]):
             yield of_plan
+
+
+def _rounds(cases: Collection[Mapping[str, Any]]) -> str:
+    """How often these were timed, the most of any contestant, after a comma; "" where rounds were not kept."""
+    kept = [each["seconds"]["sessions"] for case in cases for each in case["contestants"].values()]
+    if not all(kept):
+        return ""
+    sessions, rounds = (max(map(count, kept)) for count in (len, lambda each: max(map(len, each))))
+    many = "rounds" if rounds > 1 else "round"
+    return f", {rounds} {many} in {f'each of {sessions} sessions' if sessions > 1 else 'one session'}"
 
 
 def _of_plan(cases: Collection[Mapping[str, Any]], least_bytes: int = 0) -> str:
@@ -245,7 +277,8 @@ def _roofline(found: Sequence[Result]) -> str:
     def lines() -> Iterator[str]:
         yield (
             "The least time of a pass is the larger of its operations by the rate of matrix products and its bytes by\n"
-            "the rate of copies, both measured in the same run. The share is that time of the time taken."
+            "the rate of copies, both measured in the same run. The share is that time of the time taken; it exceeds\n"
+            "100% where a layer that is called again and again finds its bytes in a cache, from which they come faster."
         )
         for one in measured:
             ceilings = one.document["ceilings"]
@@ -263,7 +296,7 @@ def _roofline(found: Sequence[Result]) -> str:
         if picture := _picture(found, "roofline"):
             yield picture
 
-    return _section("Roofline", measured, lines(), "cpu --out bench/results/cpu.json")
+    return _section("Roofline", measured, lines(), _command(found, "cpu"))
 
 
 def _shares(one: Result) -> Iterator[tuple[str, str, work.Work, list[str]]]:
@@ -313,8 +346,7 @@ def _breakdown(found: Sequence[Result]) -> str:
             yield breakdown.summary(one.cases, one.document["ceilings"])
             yield table(*breakdown.rows_of(one.cases, one.document["ceilings"]))
 
-    command = "breakdown --out bench/results/breakdown.json"
-    return _section("Where a NumPy step's time goes", _with(found, "breakdown"), lines(), command)
+    return _section("Where a NumPy step's time goes", _with(found, "breakdown"), lines(), _command(found, "breakdown"))
 
 
 def _tables(found: Sequence[Result], kind: str, title: str, words: str, rows_of: Callable[..., Any]) -> str:
@@ -325,7 +357,7 @@ def _tables(found: Sequence[Result], kind: str, title: str, words: str, rows_of:
         for one in _with(found, kind):
             yield table(*rows_of(one.cases))
 
-    return _section(title, _with(found, kind), lines(), f"{kind} --out bench/results/{kind}.json")
+    return _section(title, _with(found, kind), lines(), _command(found, kind))
 
 
 def _growth(found: Sequence[Result]) -> str:
@@ -352,25 +384,45 @@ def _growth(found: Sequence[Result]) -> str:
             heads += [
                 f"NumPy / {LABELS[pair.partition(' / ')[2]]}" for pair in first["ratios"] if pair.startswith("numpy / ")
             ]
+            yield f"A step of each{_rounds(one.cases.values())}:"
             yield table(("size", *heads), rows)
             if told := "; ".join(_met(one.cases.values())):
                 yield f"NumPy's time is to be at most {told}."
+            if told := ", ".join(_again(one.cases.values())):
+                yield f"How far to trust that: of sizes on several axes NumPy / PyTorch came out as {told}."
             if of_plan := _of_plan(one.cases.values(), MOSTLY):
                 yield f"{of_plan} (Of steps of {MOSTLY / 2**20:.0f} MiB and more.)"
         if picture := _picture(found, "growth"):
             yield picture
 
-    return _section("Cost as the work grows", _with(found, "sweep"), lines(), "sweep --out bench/results/sweep.json")
+    return _section("Cost as the work grows", _with(found, "sweep"), lines(), _command(found, "sweep"))
 
 
 def _met(cases: Collection[Mapping[str, Any]]) -> Iterator[str]:
     """Of each peer the target, and at how many of these sizes it is met."""
+    sizes = _sizes(cases)
     for pair, first in next(iter(cases))["ratios"].items():
         if first["target"]:
-            ratios = [case["ratios"][pair] for case in cases]
-            met = sum(ratio["median"] <= ratio["target"] for ratio in ratios)
+            ratios = [median(case["ratios"][pair]["median"] for case in same) for same in sizes]
+            met = sum(ratio <= first["target"] for ratio in ratios)
             peer = LABELS[pair.partition(" / ")[2]]
             yield f"{first['target']:.2f} of that of {peer}: met at {met} of {len(ratios)} sizes"
+
+
+def _again(cases: Collection[Mapping[str, Any]]) -> Iterator[str]:
+    """Of each size that was measured several times NumPy's time of PyTorch's, every time."""
+    for same in _sizes(cases):
+        if len(same) > 1 and "numpy / torch" in same[0]["ratios"]:
+            found = [f"{case['ratios']['numpy / torch']['median']:.2f}" for case in same]
+            yield f"{' and '.join([', '.join(found[:-1]), found[-1]])} ({same[0]['axis']} {same[0]['n']:,})"
+
+
+def _sizes(cases: Collection[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Cases of equal settings together."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for case in cases:
+        found.setdefault(json.dumps(case["settings"], sort_keys=True), []).append(case)
+    return list(found.values())
 
 
 def _quality(found: Sequence[Result]) -> str:
@@ -396,7 +448,7 @@ def _quality(found: Sequence[Result]) -> str:
         if picture := _picture(found, "quality"):
             yield picture
 
-    return _section("Quality", _with(found, "quality"), lines(), "quality --out bench/results/quality.json")
+    return _section("Quality", _with(found, "quality"), lines(), _command(found, "quality"))
 
 
 def _layers(found: Sequence[Result]) -> str:
@@ -408,7 +460,7 @@ def _layers(found: Sequence[Result]) -> str:
             rows.append([name, _time(ours), _time(theirs), f"{ours['median'] / theirs['median']:.2f}"])
         yield table(("layer", "NumPy, ms", "PyTorch, ms", "ratio of medians"), rows)
 
-    return _section("Layers", _with(found, "layers"), lines(), "layers --out bench/results/layers.json")
+    return _section("Layers", _with(found, "layers"), lines(), _command(found, "layers"))
 
 
 def _products(found: Sequence[Result]) -> str:
@@ -422,7 +474,7 @@ def _products(found: Sequence[Result]) -> str:
             rows.append([n, *(f"{rate:,.0f}" for rate in rates)])
         yield table(("n", "NumPy", "PyTorch"), rows)
 
-    return _section("Matrix products", _with(found, "matmul"), lines(), "matmul --out bench/results/matmul.json")
+    return _section("Matrix products", _with(found, "matmul"), lines(), _command(found, "matmul"))
 
 
 def _kernels(found: Sequence[Result]) -> str:
@@ -591,13 +643,17 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _time(seconds: Mapping[str, Any]) -> str:
-    quartiles = seconds["quartiles"]
-    spread = f" [{', '.join(map(_milliseconds, quartiles))}]" if quartiles else ""
-    return f"{_milliseconds(seconds['median'])}{spread}"
+    return _spread(seconds, _milliseconds)
 
 
 def _ratio(ratio: Mapping[str, Any] | None) -> str:
-    return f"{ratio['median']:.2f} [{ratio['quartiles'][0]:.2f}, {ratio['quartiles'][1]:.2f}]" if ratio else ""
+    return _spread(ratio, lambda value: f"{value:.2f}") if ratio else ""
+
+
+def _spread(of: Mapping[str, Any], text: Callable[[float], str]) -> str:
+    """The median, and in brackets the quartiles, which of one round there are none of."""
+    low, high = of["quartiles"] or (0.0, 0.0)
+    return text(of["median"]) + (f" [{text(low)}, {text(high)}]" if low < high else "")
 
 
 def _target(ratio: Mapping[str, Any] | None) -> str:

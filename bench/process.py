@@ -29,8 +29,13 @@ class Worker:
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
+        # In a session of its own, so that Ctrl-C reaches its owner alone, which ends it.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         try:
             self.first = self.ask({**settings, "contestant": name})

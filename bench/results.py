@@ -70,6 +70,15 @@ def write(path: Path, kind: str, cases: Any, **more: Any) -> None:
         file.write(as_json(document).encode())
 
 
+def check_can_write(path: Path) -> None:
+    """UserError where `write` could not write this file: what has been measured would be lost."""
+    if not path.name or path.is_dir():
+        raise UserError(f"--out: expected the name of a file, got {str(path)!r}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--out: {path} cannot be written, for {folder} is no folder that can be written to")
+
+
 def as_json(document: Any) -> str:
     """With a line for each entry, but one for a whole list of numbers."""
 
@@ -96,8 +105,11 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a result: expected an object with format, kind and cases")
     if document["format"] != FORMAT:
         raise UserError(f"{path}: has format {document['format']!r}, and only format {FORMAT} is read; measure anew")
-    if not isinstance(document["cases"], dict) or not isinstance(document.get("machine"), dict):
-        raise UserError(f"{path}: not a result: expected cases and machine to be objects")
+    for name, missing in (("cases", None), ("machine", None), ("versions", {}), ("environment", {})):
+        if not isinstance(document.setdefault(name, missing), dict):
+            raise UserError(f"{path}: not a result: expected {name} to be an object")
+    if not isinstance(document["machine"].get("memory_bytes") or 0, int):
+        raise UserError(f"{path}: not a result: expected its machine's memory_bytes to be a number of bytes")
     return document
 
 
@@ -151,7 +163,7 @@ def _gpu() -> dict[str, str]:
 def _commit() -> dict[str, Any]:
     """The commit of this checkout, and whether files that it tracks have changed; None where there is no git."""
     commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results", ":!RESULTS.md")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results*", ":!RESULTS*.md")
     return {"commit": commit or None, "dirty": None if commit is None else bool(changed)}
 
 

@@ -21,7 +21,6 @@ noted, but does not fail: the tables of configurations are made for sm_80 and sm
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import pkgutil
@@ -319,7 +318,7 @@ def main(names: Sequence[str], architectures: Sequence[int], out: Path | None, a
     if os.environ.pop("TRITON_INTERPRET", None):  # read when a kernel is decorated: too late in this process
         return subprocess.run([sys.executable, "-m", "bench", *sys.argv[1:]], check=False).returncode
     require("triton", extra="torch")
-    before = json.loads(against.read_text())["cases"] if against else {}
+    before = _read(against) if against else {}
     if unknown := set(names) - {key for row in ROWS.values() for key in (row.name, row.layer)}:
         raise UserError(f"{sorted(unknown)[0]}: no such operator")
     found = launches(names)
@@ -328,6 +327,10 @@ def main(names: Sequence[str], architectures: Sequence[int], out: Path | None, a
     cases = {
         f"{launch} sm_{architecture}": _summary(architecture, made) for (launch, architecture), made in compiled.items()
     }
+    # What was not asked for is not gone.
+    operators = {row.name for row in ROWS.values() if not names or {row.name, row.layer} & set(names)}
+    ends = tuple(f" sm_{architecture}" for architecture in architectures or ARCHITECTURES)
+    before = {name: case for name, case in before.items() if name.endswith(ends) and name.split()[1] in operators}
     for line in changes(before, cases) if against else ():
         print(line)
     found_wrong = {
@@ -351,6 +354,14 @@ def main(names: Sequence[str], architectures: Sequence[int], out: Path | None, a
     if out:
         results.write(out, "static", dict(sorted(cases.items())))
     return 1 if failures else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The compilations that an earlier run wrote. UserError for another file."""
+    document = results.read(path)
+    if document["kind"] != "static":
+        raise UserError(f"--against {path}: expected a result of bench static, got one of {document['kind']!r}")
+    return document["cases"]
 
 
 def compile_all(found: Sequence[Launch], architectures: Sequence[int]) -> dict[tuple[Launch, int], Compiled]:

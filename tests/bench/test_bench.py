@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from reference.torch_rng import Generator
 pytest.importorskip("torch")
 
 from bench import plain
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_products_are_timed_on_the_cpu_and_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
@@ -234,6 +238,7 @@ def test_each_layer_has_a_benchmark_that_runs_on_either_engine(tmp_path):
         (["sweep", "--sessions", "-1"], "sessions: expected at least 1, got -1"),
         (["sweep", "heads"], "'heads' is not one of tokens, width"),
         (["quality", "huge"], "'huge' is not one of small, tiny"),
+        (["breakdown", "--steps", "0"], "steps: expected at least 1, got 0"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, expected, capsys):
@@ -247,7 +252,35 @@ def test_an_unwritable_result_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matmul, "SIZES", ())
     (tmp_path / "file").touch()
     assert bench.main(["matmul", "--out", str(tmp_path / "file" / "result.json")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["", ".", "{}", "{}/file/result.json"])
+def test_what_could_not_be_written_is_not_measured(tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(bench.COMMANDS, "layers", lambda _: pytest.fail("it was measured"))
+    assert bench.main(["layers", "--out", out.format(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --out: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ctrl_c_is_one_line_and_leaves_no_worker(tmp_path):
+    out = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "bench", "distributed", "bytes-small", "--rounds", "100000", "--out", str(out)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        children, workers = Path(f"/proc/{running.pid}/task/{running.pid}/children"), []
+        while len(workers) < 3 and running.poll() is None:
+            workers = children.read_text().split()
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert error == "error: interrupted\n"
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def test_the_surroundings_name_machine_and_versions():

@@ -190,7 +190,7 @@ def test_a_gpu_s_measurements_are_compared_in_units_of_a_peer():
         ("{", None, "A.json: not a result: expected JSON (Expecting property name"),
         ("[1]", None, "A.json: not a result: expected an object with format, kind and cases"),
         ('{"format": 1, "kind": "cpu", "cases": {}}', None, "A.json: has format 1, and only format 2 is read"),
-        ('{"format": 2, "kind": "cpu", "cases": []}', None, "A.json: not a result: expected cases and machine to be"),
+        ('{"format": 2, "kind": "cpu", "cases": []}', None, "A.json: not a result: expected cases to be"),
     ],
 )
 def test_a_mistake_is_one_line(run, before, after, message):
@@ -210,4 +210,22 @@ def test_kinds_and_what_has_no_times(run):
         damaged = copy.deepcopy(a)
         damaged["cases"]["b"]["contestants"]["torch"]["seconds"]["sessions"][1][2] = wrong
         assert "kind 'cpu' has no times that could be compared" in run(a, damaged)[2]
+    for changes in ({"settings": None}, {"contestants": {"torch": {"seconds": {"median": 1.0, "sessions": [[], []]}}}}):
+        damaged = copy.deepcopy(a)
+        damaged["cases"]["b"] |= changes
+        assert "kind 'cpu' has no times that could be compared" in run(a, damaged)[2]
+    for changes in ({"versions": []}, {"environment": []}, {"machine": {"memory_bytes": "much"}}):
+        assert "not a result: expected" in run(a, other(a, **changes))[2]
     assert "least: expected at least 0" in run(a, a, "--least", "-1")[2]
+
+
+def test_a_control_of_fewer_sessions_is_none():
+    """Its rounds would be in none of the others' sessions."""
+    a = document(13)
+    b = copy.deepcopy(a)
+    plain = b["cases"]["a"]["contestants"]["plain"]["seconds"]
+    plain["sessions"] = plain["sessions"][:1]
+    rows = {(row.case, row.contestant): row for row in compare.compare(a, b, compare.Options())}
+    assert rows["a", "numpy"].control is None
+    assert rows["a", "numpy"].verdict == "no difference"
+    assert rows["b", "numpy"].control == "plain"

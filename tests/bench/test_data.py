@@ -29,6 +29,7 @@ def test_preparing_is_timed_against_tiktoken(tmp_path, monkeypatch, capsys):
             )
 
 
-def test_a_corpus_of_no_size_is_refused(capsys):
-    assert bench.main(["data", "--megabytes", "-1"]) == 2
-    assert "expected more than 0, got -1" in capsys.readouterr().err
+@pytest.mark.parametrize("size", ["-1", "0", "nan", "inf"])
+def test_a_corpus_of_no_size_is_refused(size, capsys):
+    assert bench.main(["data", "--megabytes", size]) == 2
+    assert f"megabytes: expected 0.001 to 10000, got {float(size)}" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 
 from bench import __main__ as bench
 from bench import distributed
+from gpt.errors import UserError
 
 pytest.importorskip("torch")
 
@@ -34,3 +35,13 @@ def test_shared_steps_are_timed_against_those_of_one_process(tmp_path, monkeypat
 def test_wrong_arguments_are_one_line(words, complaint, capsys):
     assert bench.main(["distributed", *words]) == 2
     assert capsys.readouterr().err == f"error: {complaint}\n"
+
+
+def test_a_process_that_dies_is_one_line_at_once_and_leaves_none_behind(monkeypatch):
+    tiny = distributed.Case("bytes-tiny", batch=2, length=16, rounds=3, steps=1)
+    workers = distributed.Workers(tiny, 2, 1, "ddp")
+    workers.processes[1].kill()
+    with pytest.raises(UserError, match="process 1 ended early with status -9"):
+        workers.step()
+    workers.close()
+    assert all(process.returncode is not None for process in workers.processes)

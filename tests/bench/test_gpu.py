@@ -284,3 +284,24 @@ def test_the_whole_of_it_at_tiny_sizes(tmp_path, monkeypatch, capsys):
     if not torch.cuda.is_available():
         assert "flash" in {m["peer"] for m in found["measurements"]}
         assert "cudnn, attention D 64 causal bfloat16 16" in found["left_out"]
+
+
+def test_what_fails_while_it_is_timed_takes_nothing_else_with_it(tmp_path, monkeypatch, capsys):
+    """Memory that lacks for one model, and a mistake that nobody foresaw: a machine may not be there again."""
+
+    def step():
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(gpu, "training_step", lambda *_: (step, {"model": "GPT", "batch": 1, "length": 1}))
+    monkeypatch.setattr(gpu, "cases", lambda tiny: [case for case in cases(tiny) if case.operator == "gelu"])
+    monkeypatch.setattr(gpu.report, "show", lambda *_, **__: None)
+    out = tmp_path / "gpu.json"
+    assert gpu.main(gpu.Options(tiny=True, check=False, out=out)) == 0
+    found = json.loads(out.read_text())["cases"]
+    assert found["left_out"]["model, eager"] == "OutOfMemoryError: out of memory"
+    assert {m["operator"] for m in found["measurements"]} == {"gelu"}
+
+    monkeypatch.setattr(gpu, "measure_models", lambda _: 1 / 0)
+    assert gpu.main(gpu.Options(tiny=True, check=False, out=out)) == 1
+    assert json.loads(out.read_text())["cases"]["left_out"]["the rest"] == "ZeroDivisionError: division by zero"
+    assert "ZeroDivisionError" in capsys.readouterr().err

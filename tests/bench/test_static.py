@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from bench import __main__ as bench
-from bench import static
+from bench import results, static
 
 ROOT = Path(__file__).parents[2]
 GOOD = static.Compiled(8, 128, 0, 65_536, {"HGMMA": 8}, {"16": 4, "4": 1})
@@ -32,7 +32,9 @@ def test_real_kernels_compile_and_are_compared_with_what_they_were(tmp_path):
     before, out = tmp_path / "before.json", tmp_path / "static.json"
     name = "dropout.dropout_kernel dropout 64x64 bfloat16 sm_90"
     known = {"registers": 1, "stack": 0, "shared": 0, "warps": 4, "resident": 8, "wide_share": 1.0}
-    before.write_text(json.dumps({"cases": {name: known, "dropout.forgotten_kernel": known}}))
+    gone = "dropout.forgotten_kernel dropout 64x64 bfloat16 sm_90"
+    not_asked_for = ["dropout.dropout_kernel dropout 64x64 bfloat16 sm_80", "gelu.gelu_kernel gelu 4x4 float32 sm_90"]
+    results.write(before, "static", dict.fromkeys([name, gone, *not_asked_for], known))
     done = compile_with_bench("dropout", "--arch", "90", "--out", str(out), "--against", str(before))
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads(out.read_text())["cases"]
@@ -44,7 +46,7 @@ def test_real_kernels_compile_and_are_compared_with_what_they_were(tmp_path):
     lines = done.stdout.splitlines()
     assert f"changed  {name}: registers 1 -> {case['registers']}" in lines
     assert not [line for line in lines if line.startswith("changed") and ("stack" in line or "wide_share" in line)]
-    assert "gone  dropout.forgotten_kernel" in lines
+    assert [line for line in lines if line.startswith("gone")] == [f"gone  {gone}"]
     assert {line for line in lines if line.startswith("new  ")} == {f"new  {other}" for other in cases if other != name}
 
 
@@ -70,7 +72,7 @@ def test_what_must_not_be_is_said(launch, compiled, complaint):
 
 REACHED = """
 import json
-from bench import static
+from bench import results, static
 from kernels import attention, cached_attention
 
 found = static.launches()
@@ -133,3 +135,22 @@ def test_an_unknown_layer_is_one_line(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert bench.main(["static", "atention"]) == 2
     assert capsys.readouterr().err == "error: atention: no such operator\n"
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (None, "no such file"),
+        ("{", "not a result: expected JSON"),
+        (json.dumps({"format": 2, "kind": "cpu", "machine": {}, "cases": {}}), "expected a result of bench static"),
+    ],
+)
+def test_what_is_no_earlier_result_is_one_line(tmp_path, monkeypatch, capsys, text, complaint):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "before.json"
+    if text:
+        path.write_text(text)
+    assert bench.main(["static", "--against", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
