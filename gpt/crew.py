@@ -55,6 +55,7 @@ class Crew:
         self._others: list[_Other] = []
         self._end: Callable[[], Any] = lambda: None
         self._learnt: set[int] = set()  # the processes whose gradients are to be added up
+        self._owner = os.getpid()
 
     def loss(self, jobs: Sequence[Job]) -> float:
         """The batch's mean loss."""
@@ -83,6 +84,7 @@ class Crew:
 
     def step(self, lr: float, scale: float) -> None:
         """AdamW's, along the gradients times `scale`, which are forgotten."""
+        self._check_owner()
         if self._others:
             self._all("update", [(self.optimizer.steps, lr, scale)] * self._size)
             self.optimizer.steps += 1
@@ -96,6 +98,7 @@ class Crew:
 
     def _all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What a method of the first members answers, of as many as there are tuples of arguments."""
+        self._check_owner()
         with parts.one_batch():
             try:
                 if len(arguments) > 1 and not self._others:
@@ -113,6 +116,11 @@ class Crew:
             except BaseException:
                 self._end()
                 raise
+
+    def _check_owner(self) -> None:
+        """Steps in a forked process would change the model in the one that it was forked from, too."""
+        if os.getpid() != self._owner:
+            raise UserError("engine: it belongs to the process that this one was forked from; create one here")
 
     def _start(self) -> None:
         memory.return_freed()  # the parameters' memory before they came here: activations of a part do not fill it
@@ -237,6 +245,11 @@ def _arrays(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]], item: int) 
 
 def _new_file(size: int) -> int:
     """A descriptor of a file of so many zero bytes, which take no memory until they are written to."""
+    # Neither this nor a pipe after it shall be 0, 1 or 2, which may be free where a daemon runs: another process would
+    # have its standard input there.
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(unused)
     try:
         file = os.memfd_create("twingrad")
     except (AttributeError, OSError):  # not Linux, or an old one
@@ -272,8 +285,11 @@ class _Other:
             return self._connection.recv()
         except GONE:
             status = self._process.wait()
-            how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-            return UserError(f"a process that computes a part of the batch {how}; is there memory for it?")
+            if status < 0:
+                how = f"was ended by signal {-status}; is there memory for it?"
+            else:
+                how = f"ended with status {status}, and what it wrote says why"
+            return UserError(f"a process that computes a part of the batch {how}")
 
     def end(self) -> None:
         """Whatever it is doing."""

@@ -325,6 +325,8 @@ def check_tokens(tokens: np.ndarray, config: GPTConfig, past: int = 0) -> None:
     """Refuse what is not (B, T) integers of the vocabulary, T and the `past` of at most the context length together."""
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens: expected integers of shape (batch, time), got {tokens.dtype} {tokens.shape}")
+    if not len(tokens):
+        raise UserError("tokens: expected at least one text, got none")
     if not 0 < tokens.shape[1] <= config.context_length - past:
         raise UserError(f"tokens: expected 1 to {config.context_length - past} positions, got {tokens.shape[1]}")
     if tokens.size and not (0 <= tokens.min() and tokens.max() < config.vocab_size):
@@ -347,6 +349,8 @@ def check_batch(batch: Examples, config: GPTConfig) -> None:
     check_tokens(batch.inputs, config)
     if batch.targets.shape != batch.inputs.shape:
         raise UserError(f"targets: expected the inputs' shape {batch.inputs.shape}, got {batch.targets.shape}")
+    if not np.issubdtype(batch.targets.dtype, np.integer):
+        raise UserError(f"targets: expected integers, got {batch.targets.dtype}")
     counted = batch.targets[batch.targets != IGNORE]
     if counted.size and not (0 <= counted.min() and counted.max() < config.n_outputs):
         wrong = counted[(counted < 0) | (counted >= config.n_outputs)].flat[0]

@@ -72,6 +72,9 @@ class NumpyEngine:
         except FloatingPointError as error:
             loss = error.args[0]
             self.forget_gradients()  # to which another part may have added its own
+        except BaseException:
+            self.forget_gradients()
+            raise
         raise NonFiniteError(f"loss is {loss}, first in {face.first_non_finite(self, batch, noise)}")
 
     def _jobs(self, batch: Examples, weight: float = 1.0, noise: Noise | None = None) -> list[Job]:

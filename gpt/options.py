@@ -25,6 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gpt import world
 from gpt.errors import UserError
 
 __all__ = [
@@ -117,7 +118,8 @@ def parse_config(config_class: type[Config], argv: Sequence[str], prog: str) -> 
     except UserError as error:
         raise UserError(f"{error} (with --config {file})" if file else str(error)) from None
     if print_config:
-        print(to_yaml(config), end="")
+        if world.is_first():
+            print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
 

@@ -235,3 +235,14 @@ def threads() -> int:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, threads() - 1), "parts")
+
+
+def _after_fork() -> None:
+    """A forked process has none of the threads, and nobody who would release the lock."""
+    global _one_batch
+    _one_batch = threading.Lock()
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

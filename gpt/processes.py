@@ -22,6 +22,10 @@ def start(function: Callable[..., None], *arguments: int, **settings: Any) -> su
     """A process that calls function(*arguments). `settings` are Popen's; of `env` only what is to be different."""
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **settings.pop("env", {})}
-    call = f"from {function.__module__} import {function.__name__} as call; call{arguments}"
+    # Where the caller has found its packages, should that be elsewhere; behind all else, so that it hides nothing.
+    call = (
+        f"import sys; sys.path += {sys.path[1:]!r}; "
+        f"from {function.__module__} import {function.__name__} as call; call{arguments}"
+    )
     # -P: not what lies in the folder it is started in. And a terminal's Ctrl-C reaches the owner alone.
     return subprocess.Popen([sys.executable, "-P", "-c", call], env=environment, start_new_session=True, **settings)

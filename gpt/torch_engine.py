@@ -100,6 +100,7 @@ class TorchEngine:
         with self._autocast():
             loss = self._mean_loss(batch, noise)
         if not torch.isfinite(loss):
+            self.forget_gradients()
             raise NonFiniteError(f"loss is {loss.item()}, first in {face.first_non_finite(self, batch, noise)}")
         self._scaler.scale(loss * weight).backward()
         return loss.item()
@@ -141,8 +142,10 @@ class TorchEngine:
         return self._whole(torch.nn.utils.get_total_norm(grads)).item() / self._scaler.get_scale()
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
-        self._scaler.unscale_(self._optimizer)
         grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        if not grads:
+            raise RuntimeError("step: no gradient has been accumulated")
+        self._scaler.unscale_(self._optimizer)
         total = self._whole(torch.nn.utils.get_total_norm(grads.values()))
         norm = total.item()
         # Of float16 the scale may have been too large: no step, and less. Below 1 it is not to blame.

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import os
 import re
 import signal
@@ -38,6 +37,7 @@ from gpt.errors import UserError, require
 
 __all__ = [
     "LostContactError",
+    "announce",
     "any_of",
     "contact",
     "device",
@@ -65,7 +65,7 @@ _SPEAKER = re.compile(r"rank (\d+): ")
 
 TIMEOUT = 600.0  # seconds
 _PATIENCE = timedelta(days=7)
-_ERRORS = itertools.count()
+_errors = 0  # that ended what this process did, where a program went on
 _HEARD = 3.0  # seconds in which the others say that they live, or what went wrong with them
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How PyTorch's backends say that a connection is gone or that nobody answers.
@@ -83,6 +83,7 @@ class _Group(NamedTuple):
     name: str  # of this start
     patient: Any  # a process group without a time limit
     device: Any  # of what is sent
+    connections: dict[int, int]  # of the groups, to the other processes: descriptors and inodes
 
 
 _group: _Group | None = None
@@ -165,12 +166,14 @@ def start(timeout: float = TIMEOUT) -> None:
         store = _kept_store(timeout)
         name = _name_this_start(store, timeout)
         met = PrefixStore(f"twingrad/{name}/group", _meet(timeout))
+        before = _connections()
         dist.init_process_group(backend, store=met, rank=rank(), world_size=size(), timeout=limit)
         with _answered(timeout):
             patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise LostContactError(f"{size()} processes did not meet within {timeout:g} seconds: {error}") from error
-    _group = _Group(PrefixStore(f"twingrad/{name}", store), name, patient, device)
+    connections = {number: inode for number, inode in _connections().items() if before.get(number) != inode}
+    _group = _Group(PrefixStore(f"twingrad/{name}", store), name, patient, device, connections)
     atexit.register(_leave)
 
 
@@ -266,6 +269,7 @@ def contact(how_to_go_on: Callable[[], str] = str) -> Iterator[None]:
 def _who_is_gone() -> str:
     assert _group is not None
     _ignore_sigterm()  # torchrun ends those that are left
+    _hang_up()
     living = {rank()}
     said: dict[int, str] = {}
     with contextlib.suppress(RuntimeError):  # the store may have been in the process that is gone
@@ -278,8 +282,16 @@ def _who_is_gone() -> str:
     return f"rank {min(living)}: lost contact with {named}"
 
 
+def announce(text: str) -> None:
+    """Say to the others what `last_words` is going to say, before what takes longer than they wait for that."""
+    if size() > 1 and _group:
+        with contextlib.suppress(RuntimeError):
+            _group.store.set(f"error/{rank()}/{_errors}", text)
+
+
 def last_words(text: str) -> str | None:
     """What this process is to print of the error that ends it, None if one before it says the same."""
+    global _errors
     if size() == 1:
         return text
     _ignore_sigterm()
@@ -288,7 +300,7 @@ def last_words(text: str) -> str | None:
         return text if int(speaker[1]) == rank() else None
     try:
         store = _group.store if _group else _before_the_start(_HEARD)
-        number = next(_ERRORS)  # what was said of an earlier one, by a program that went on, is not of this
+        number, _errors = _errors, _errors + 1  # what was said of an earlier one is not of this
         store.set(f"error/{rank()}", text)
         store.set(f"error/{rank()}/{number}", text)
         deadline = time.monotonic() + _HEARD
@@ -340,15 +352,26 @@ def _before_the_start(timeout: float) -> Any:
     return PrefixStore(f"twingrad/before/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _connections() -> set[int]:
-    """The descriptors of this process's sockets; none where the system does not tell."""
-    found = set()
+def _connections() -> dict[int, int]:
+    """The descriptors of this process's sockets and their inodes; none where the system does not tell."""
+    found = {}
     with contextlib.suppress(OSError):
         for name in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):  # that of the list itself is closed by now
-                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                    found.add(int(name))
+                status = os.fstat(int(name))
+                if stat.S_ISSOCK(status.st_mode):
+                    found[int(name)] = status.st_ino
     return found
+
+
+def _hang_up() -> None:
+    """Close what connects this process with the others: those that wait for it, not for the one that is gone, notice
+    too that the work has ended, and say that they live."""
+    assert _group is not None
+    for descriptor in _connections().items() & _group.connections.items():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor[0])) as connection:
+            connection.getpeername()  # not what listens, which gloo wants until the end
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
@@ -360,7 +383,7 @@ def _answered(timeout: float) -> Iterator[None]:
     options = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 10, "TCP_KEEPCNT": 5}
     options |= {"TCP_USER_TIMEOUT": 1000 * seconds}  # of what was sent; in milliseconds
     options = {name: max(1, value) for name, value in options.items() if hasattr(socket, name)}
-    for descriptor in _connections() - before:
+    for descriptor in _connections().keys() - before:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in options.items():

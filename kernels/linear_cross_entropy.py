@@ -90,11 +90,13 @@ def rows_at_a_time(N: int, V: int) -> int:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b, in the type of the total, which may be wider than that of the product."""
+    """total += a b; of factors of 16 bits in float32, for a sum over many rows is more than float16 holds."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        total += a @ b
+        total += a.to(total.dtype) @ b.to(total.dtype)
 
 
 # The kernel.

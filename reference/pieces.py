@@ -59,6 +59,10 @@ def _threads() -> ThreadPoolExecutor | None:
     return ThreadPoolExecutor(cores - 1, "pieces") if cores > 1 else None
 
 
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
 def rows(x: np.ndarray) -> np.ndarray:
     """x (..., C) -> (N, C); a number alone is one row."""
     return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)

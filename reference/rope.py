@@ -38,7 +38,7 @@ class Scaling:
 
 def frequencies(D: int, theta: float = 10000.0, scaling: Scaling | None = None) -> np.ndarray:
     """Radians a position for each pair, (D / 2,) float64."""
-    f = theta ** (-np.arange(0, D, 2) / D)
+    f = theta ** (-np.arange(0, D, 2, dtype=np.float64) / D)  # of integers torch.compile would make float32
     if scaling is None:
         return f
     periods = scaling.context_length * f / (2 * math.pi)  # L / w, in the old context

@@ -44,7 +44,6 @@ class Task(ABC):
     """What one kind of finetuning differs in."""
 
     metrics: ClassVar[tuple[str, ...]] = ()  # what `measure` gives beside the loss
-    config_file: ClassVar[str] = CONFIG  # of the run's folder, with which the user's command goes on
 
     train_loader: Loader
     validation_loader: Loader
@@ -83,20 +82,26 @@ class Task(ABC):
 MakeTask = Callable[[Any, Tokenizer, GPTConfig, Generator], Task]
 
 
-def finetune(config: FinetuneConfig, make_task: MakeTask, command: str, progress: Progress | None = None) -> Result:
+def finetune(
+    config: FinetuneConfig,
+    make_task: MakeTask,
+    command: str,
+    progress: Progress | None = None,
+    config_file: str = CONFIG,
+) -> Result:
     """Train a task, write the run's folder `config.out`, and return where the run ended. Raises UserError.
 
-    `command`: by which the user can go on with it.
+    `command`: by which the user can go on with it, and `config_file` of the folder.
     """
-    command = command.replace("twingrad", world.launcher(), 1)
     config = again(config)
-    with shared(config, f"{command} --config {Path(config.out, CONFIG)} --resume"):
+    command = f"{command.replace('twingrad', world.launcher(), 1)} --config {Path(config.out, config_file)} --resume"
+    with shared(config, command):
         progress = progress or create_progress()
         trainer, task = world.first_then_all(lambda: build(config, make_task, progress))
         task.begin(trainer.engine, progress)
         result = carry_out(config, trainer, task.data)
         if result.interrupted:
-            progress.line(f"To go on: {command} --config {Path(config.out, task.config_file)} --resume")
+            progress.line(f"To go on: {command}")
             return result
         engine = _alone(config, trainer.engine)
         world.first(lambda: _finish(config, trainer, engine, task, progress))

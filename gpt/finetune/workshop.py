@@ -46,7 +46,7 @@ from gpt.tokenizers import Tokenizer
 from gpt.train.config import TrainConfig
 from gpt.train.log import Row, read_log
 from gpt.train.progress import Progress, create_progress
-from gpt.train.run import CONFIG, LOG
+from gpt.train.run import CONFIG, LOG, again
 from gpt.train.trainer import Result, evaluate
 from gpt.weights.native import read_model
 from reference.config import GPTConfig
@@ -81,13 +81,14 @@ def run(asked: FinetuneFull, command: str = "twingrad finetune_full", progress: 
     `command`: by which the user can go on.
     """
     asked = _resolved(asked)
-    if not asked.resume and Path(asked.out_dir, CONFIG).exists():
+    settings = again(_settings(asked))
+    if not settings.resume and Path(asked.out_dir, CONFIG).exists():
         raise UserError(
             f"out_dir: {asked.out_dir} already holds a run: go on with it by --resume, or give another by --out_dir"
         )
     report = Report(progress or create_progress(), asked.train.log_interval)
     report.line(to_yaml(asked).rstrip())
-    return finetune(_settings(asked), partial(Workshop, asked), command, report)
+    return finetune(settings, partial(Workshop, asked), command, report, HYPERPARAMETERS)
 
 
 @dataclass
@@ -210,8 +211,6 @@ class Report(Progress):
 
 class Workshop(Instruct):
     """Instructions, as was asked for by LitGPT's flags."""
-
-    config_file = HYPERPARAMETERS
 
     def __init__(
         self, asked: FinetuneFull, config: RunConfig, tokenizer: Tokenizer, model: GPTConfig, generator: Generator

@@ -158,7 +158,7 @@ class ModelConfig:
             ("init", ("book", "gpt2")),
         ):
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
-        _require(self.timeout > 0, "timeout", self.timeout, "more than 0")
+        _require(0 < self.timeout <= 1e9, "timeout", self.timeout, "more than 0, at most 1e9")
 
 
 @dataclass

@@ -138,6 +138,8 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
     except BaseException as error:
         # A RuntimeError may be of another process that is gone, which is to be said at once.
         if world.is_first() and not isinstance(error, RuntimeError):
+            if isinstance(error, UserError):
+                world.announce(str(error))
             with contextlib.suppress(Exception):  # on a full disk: what went wrong first is what is to be said
                 _plot(out, trainer.metrics)
         if memory.is_lacking(error):

@@ -6,6 +6,7 @@ A file is mapped into memory for one array at a time, so that loading a model ta
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -116,9 +117,12 @@ def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: dict[str,
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # as the user wants files; safetensors' own is its owner's alone
     try:
         # safetensors writes an array's memory from its start, so a transposed view would come out scrambled.
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path, metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from None
 

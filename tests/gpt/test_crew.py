@@ -140,7 +140,7 @@ def test_what_ends_this_process_part_ends_the_others(error, monkeypatch):
         with pytest.raises(error):
             engine.accumulate(batch(2))
     wait_for_the_end_of(before)
-    engine.forget_gradients()
+    assert engine.gradients() == {}  # not those of some parts
     assert train(engine) == train(again)
 
 
@@ -254,6 +254,52 @@ def test_a_script_needs_no_guard_and_its_folder_may_have_modules_of_any_name(tmp
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     wait_for_the_end_of([int(done.stdout)])
+
+
+@pytest.mark.parametrize("closed", [(0,), (0, 2), (0, 1, 2)])
+def test_a_process_may_have_no_standard_streams(closed, tmp_path):
+    """A daemon's numbers 0, 1 and 2 are free for whatever it opens next."""
+    script = SCRIPT.replace("print(", "print('done', file=open('out', 'w')); print(", 1)
+    (tmp_path / "script.py").write_text(script)
+    closing = "; ".join(f"os.close({number})" for number in closed)
+    run = f"import os, sys; {closing}; os.execv(sys.executable, [sys.executable, 'script.py'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", run], cwd=tmp_path, env=environment).returncode == 0
+    assert (tmp_path / "out").read_text() == "done\n"
+
+
+def test_processes_find_packages_where_their_owner_does(tmp_path):
+    """Whatever was appended to its sys.path, as notebooks do."""
+    script = f"import sys; sys.path += {[str(ROOT), *sys.path[1:]]!r}\n{SCRIPT}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_process_cannot_change_the_model(monkeypatch):
+    for most in (0, parts.MOST_APART):  # in threads, and in processes
+        monkeypatch.setattr(parts, "MOST_APART", most)
+        monkeypatch.setattr(parts, "LEAST", 1)
+        engine = create()
+        engine.accumulate(batch(1))
+        before = {name: array.copy() for name, array in engine.parameters().items()}
+        forked = os.fork()
+        if not forked:
+            status = 1
+            try:
+                if most:
+                    with pytest.raises(UserError, match="belongs to the process that this one was forked from"):
+                        engine.step(1.0)
+                else:  # a copy, which goes on
+                    engine.accumulate(batch(2))
+                    engine.step(1.0)
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(forked, 0)[1] == 0
+        for name, array in before.items():
+            np.testing.assert_array_equal(engine.parameters()[name], array)
 
 
 TRAIN = [

@@ -1,5 +1,6 @@
 """The commands of LitGPT's workshop: what each of their flags does, what they leave behind, and what they refuse."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -19,11 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import cli, tokenizers
+from gpt import cli, tokenizers, world
 from gpt.data.examples import ExampleLoader, JsonEntries
 from gpt.engine import trained_names
 from gpt.errors import UserError
-from gpt.finetune import workshop
+from gpt.finetune import run, workshop
 from gpt.finetune.instructions import InstructionDataset, collate, split, write_splits
 from gpt.finetune.workshop_config import DataConfig, FinetuneLoRA
 from gpt.llm import LLM
@@ -436,6 +437,19 @@ def test_a_stopped_run_goes_on_to_the_same_model(tune, monkeypatch, capsys):
     assert [row["step"] for row in table()] == [str(step) for step in range(1, 9)]
     assert "resume: split_seed of the run in out is 42, not 3" in tune(f"{flags} --resume --data.seed 3", status=2)
     assert "out already holds a run: go on with it by --resume, or give another by --out_dir" in tune(status=2)
+    monkeypatch.setattr(world, "remembered", lambda *_: True)  # torchrun began it, and starts it again
+    assert "Goes on after step 8 of 8" in tune(flags)
+
+
+def test_the_way_on_after_a_lost_process_is_a_command_of_this_one(tune, monkeypatch):
+    def lose(config, trainer, data):
+        raise RuntimeError("gloo: connection closed by peer")
+
+    monkeypatch.setattr(run, "carry_out", lose)
+    commands = []
+    monkeypatch.setattr(run, "shared", lambda config, command: commands.append(command) or contextlib.nullcontext())
+    tune(status=1)
+    assert commands == ["twingrad finetune_lora --config out/hyperparameters.yaml --resume"]
 
 
 @pytest.mark.parametrize("engine", ["auto", "numpy", "torch"])

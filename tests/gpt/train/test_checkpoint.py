@@ -1,6 +1,7 @@
 """Files of parameters and checkpoints: what is written is read again, and what is damaged is refused in one line."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -228,3 +229,14 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no model: no model.safetensors"):
         load(tmp_path)
     assert find_checkpoint(tmp_path, "last") is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_files_are_for_whom_the_user_s_files_are(tmp_path):
+    """safetensors itself writes such as their owner alone can read."""
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o640"}

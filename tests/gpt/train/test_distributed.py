@@ -1,6 +1,5 @@
 """Processes that torchrun starts take the steps of one process; what ends one of them ends all, and is said once."""
 
-import itertools
 import os
 import re
 import signal
@@ -353,13 +352,13 @@ def second_of_two(monkeypatch):
     torch = pytest.importorskip("torch")
     store = torch.distributed.HashStore()
     monkeypatch.setattr(world, "_torchrun", store)
-    monkeypatch.setattr(world, "_group", world._Group(store, "this start", None, torch.device("cpu")))
+    monkeypatch.setattr(world, "_group", world._Group(store, "this start", None, torch.device("cpu"), {}))
     monkeypatch.setattr(world, "_ignore_sigterm", lambda: None)
     return store
 
 
 def test_what_ended_one_process_is_said_there_alone(second_of_two, monkeypatch):
-    monkeypatch.setattr(world, "_ERRORS", itertools.count())
+    monkeypatch.setattr(world, "_errors", 0)
     bug = "KeyError: 'a bug' (unexpected; TWINGRAD_TRACEBACK=1 in the environment shows where)"
     for key in ("error/0", "error/0/0"):  # its latest, which is its first
         second_of_two.set(key, bug)
@@ -381,7 +380,7 @@ def test_only_a_run_that_torchrun_began_itself_is_resumed_by_itself(second_of_tw
         pass
     monkeypatch.setattr(world, "_group", None)  # another start
     assert not again(config).resume
-    monkeypatch.setattr(world, "_group", world._Group(second_of_two, "other start", None, None))
+    monkeypatch.setattr(world, "_group", world._Group(second_of_two, "other start", None, None, {}))
     monkeypatch.setattr(run, "check_folder", lambda config: None)
     with shared(config, ""):
         assert not again(config).resume  # it has just begun
@@ -389,3 +388,30 @@ def test_only_a_run_that_torchrun_began_itself_is_resumed_by_itself(second_of_tw
     assert again(config).resume
     (tmp_path / "config.yaml").unlink()
     assert not again(config).resume
+
+
+NEIGHBOURS = """
+import os, sys
+import torch
+import torch.distributed
+from gpt import world
+
+world.start()
+try:
+    with world.contact():
+        for step in range(100):
+            if step == 10 and world.rank() == 1:
+                os.kill(os.getpid(), 9)
+            torch.distributed.all_reduce(torch.ones(1000))
+except world.LostContactError as error:
+    print(f"{world.rank()}: {error}", flush=True)
+os._exit(1)  # at once, so that torchrun does not end those that wait for this one's connection to close
+"""
+
+
+def test_of_several_that_are_left_none_is_named_as_gone(tmp_path):
+    """A process that waits for a living one does not see that another is gone until that one tells."""
+    (tmp_path / "neighbours.py").write_text(NEIGHBOURS)
+    printed, _ = torchrun(4, str(tmp_path / "neighbours.py")).communicate()
+    told = sorted(re.findall(r"^\d: rank .*", printed, re.MULTILINE))
+    assert told == [f"{rank}: rank 0: lost contact with rank 1" for rank in (0, 2, 3)], printed
