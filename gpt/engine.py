@@ -142,11 +142,17 @@ class OptimizerConfig:
     """
 
     lr: float = 4e-4
+    """Learning rate, the largest of its schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """How much of the first and of the second moment stays in each step."""
     eps: float = 1e-8
+    """What is added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Times the learning rate, the part of a parameter that each step takes away."""
     decay: Literal["all", "matrices"] = "all"
+    """Which parameters decay. matrices: those of two or more axes."""
     trained: tuple[str, ...] = ()
+    """Patterns of the names of the parameters that learn, such as blocks.11.*; none: all, or the adapters."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

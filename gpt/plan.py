@@ -35,11 +35,14 @@ from gpt import parts
 from gpt.engine import trained_names
 from gpt.errors import UserError
 from gpt.work import spans
-from reference import attention, linear_cross_entropy, pieces
+from reference import attention, linear_cross_entropy, optim, pieces
 from reference.config import GPTConfig
 from reference.model import first_trained
 
-__all__ = ["KINDS", "Memory", "Setup", "Term", "activations", "largest_batch", "memory", "require_memory", "size_text"]
+__all__ = [
+    "KINDS", "Memory", "Setup", "Term", "activations", "fitting", "largest_batch", "memory", "require_memory",
+    "size_text",
+]  # fmt: skip
 
 KINDS = ("norms", "attention projections", "attention", "MLP", "dropout masks", "head and loss")
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -475,6 +478,8 @@ def memory(s: Setup) -> Memory:
         addend = _largest(s) * addends  # a weight's gradient, before it is added
         listed["blocks"] = lasting + kept_in_blocks
         beside["blocks"] = loss.head + recomputed + _block_backward(s, last, True) + addend
+        listed["optimizer"] = lasting
+        beside["optimizer"] = _joined(s)
     else:
         head = s.config.n_outputs * s.config.emb_dim * s.item * _head_learns(s)
         listed["head"] = everything - loss.kept + copies_later
@@ -487,6 +492,13 @@ def memory(s: Setup) -> Memory:
         beside["optimizer"] = _optimizer(s)
     phases = {phase: listed[phase] + beside[phase] for phase in listed}
     return Memory(parameters, gradients * sets, moments, gathered, copies, by_kind, phases, listed)
+
+
+def _joined(s: Setup) -> int:
+    """What NumPy's AdamW makes of small parameters, which it updates as one: they, both moments, gradients, a term."""
+    sizes = (math.prod(s.shapes[name]) for name in s.learns)
+    among = s.parts if s.apart else 1  # each process updates its rows
+    return 5 * s.item * sum(size for size in sizes if size // among < optim.SMALL)
 
 
 def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:
@@ -617,6 +629,22 @@ def largest_batch(s: Setup, free: float) -> int:
     return most * s.processes
 
 
+def fitting(s: Setup, free: float) -> tuple[int, int]:
+    """A micro-batch that fits and how many of them make as many examples a step; (0, 0) where none fits.
+
+    Where only one fits, whose gradients leave no room for another's, it is that one.
+    """
+    asked = s.batch_size * s.accumulation
+    alone = largest_batch(s, free)
+    if not 0 < alone < asked:
+        return min(alone, asked), min(alone, 1)
+    most = largest_batch(replace(s, accumulation=max(2, s.accumulation)), free)
+    if not most:
+        return alone, 1
+    accumulation = -(-asked // most)
+    return -(-asked // accumulation), accumulation
+
+
 def require_memory(s: Setup, free: float) -> None:
     """UserError, which says what would fit, where a step takes more than the `free` bytes of each device."""
     needed = memory(s).peak
@@ -626,28 +654,27 @@ def require_memory(s: Setup, free: float) -> None:
         f"memory: batch_size {s.batch_size} of {s.length} tokens needs {size_text(needed)}"
         f"{' in each process' if s.processes > 1 else ''}, and {size_text(free)} is free; "
     )
-    if most := largest_batch(s, free):
-        accumulation = -(-s.batch_size * s.accumulation // most)
-        raise UserError(
-            f"{begin}batch_size {most} fits, with accumulation {accumulation} for as many tokens a step"
-            f"{_with_checkpoints(s, free, most)}"
-        )
+    rows, accumulation = fitting(s, free)
+    if rows:
+        several = f", with accumulation {accumulation} for as many tokens a step" if accumulation > 1 else ""
+        raise UserError(f"{begin}batch_size {rows} fits{several}{_with_checkpoints(s, free, rows)}")
     raise UserError(f"{begin}no batch fits{_what_helps(s, free)}")
 
 
-def _with_checkpoints(s: Setup, free: float, most: int) -> str:
+def _with_checkpoints(s: Setup, free: float, rows: int) -> str:
     if s.checkpoint_activations:
         return ""
-    more = largest_batch(replace(s, checkpoint_activations=True), free)
-    return f"; with checkpoint_activations batch_size {more}" if more > most else ""
+    more, _ = fitting(replace(s, checkpoint_activations=True), free)
+    return f"; with checkpoint_activations batch_size {more}" if more > rows else ""
 
 
 def _what_helps(s: Setup, free: float) -> str:
-    if not s.checkpoint_activations and (most := largest_batch(replace(s, checkpoint_activations=True), free)):
-        return f"; with checkpoint_activations batch_size {most} does"
+    again = replace(s, checkpoint_activations=True)
+    if not s.checkpoint_activations and (rows := fitting(again, free)[0]):
+        return f"; with checkpoint_activations batch_size {rows} does"
     shared = replace(s, parallel="fsdp", checkpoint_activations=True)
-    if s.engine != "numpy" and s.parallel == "ddp" and s.processes > 1 and (most := largest_batch(shared, free)):
-        return f"; with parallel fsdp and checkpoint_activations batch_size {most} does"
+    if s.engine != "numpy" and s.parallel == "ddp" and s.processes > 1 and (rows := fitting(shared, free)[0]):
+        return f"; with parallel fsdp and checkpoint_activations batch_size {rows} does"
     shorter = replace(s, length=max(1, s.length // 8), batch_size=s.processes, checkpoint_activations=True)
     if memory(shorter).peak <= free:
         return "; a shorter max_length or a smaller model would"

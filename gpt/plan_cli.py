@@ -22,7 +22,7 @@ from gpt import parts
 from gpt.engine import trained_names
 from gpt.errors import UserError, is_installed
 from gpt.options import did_you_mean, read_json_object
-from gpt.plan import KINDS, Setup, largest_batch, memory, size_text
+from gpt.plan import KINDS, Setup, fitting, largest_batch, memory, size_text
 from gpt.work import FLOAT, gradients, update
 from reference.config import PRESETS, GPTConfig
 
@@ -312,12 +312,14 @@ def _fits(config: PlanConfig, setup: Setup) -> dict[str, Any]:
     for again in (False, True):
         tried = replace(setup, checkpoint_activations=again)
         most = None if free is None else largest_batch(tried, free)
+        size, accumulation = (0, 0) if free is None else fitting(tried, free)
         rows.append(
             {
                 "checkpoint_activations": again,
                 "peak": memory(tried).peak,
                 "batch_size": most,
-                "accumulation": -(-setup.batch_size * setup.accumulation // most) if most else None,
+                "micro_batch": size or None,
+                "accumulation": accumulation or None,
             }
         )
     return {"memory": free, "given": config.memory is not None, "rows": rows}
@@ -347,7 +349,7 @@ def _size(text: str) -> float:
 
 def _tokens(text: str) -> int:
     """300M, 10B, 1.5T, 1e9, or a number with or without commas."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([KMBT]?)\s*", text.replace(",", "").replace("_", ""), re.I)
+    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([KMBT]?)\s*", re.sub(r",(?=\d{3}(?!\d))|_", "", text), re.I)
     try:
         number = float(found[1]) * 1000 ** " KMBT".index(found[2].upper() or " ") if found else math.nan
     except ValueError:
@@ -441,7 +443,7 @@ def _fits_table(found: Mapping[str, Any]) -> Any:
             "computed again" if row["checkpoint_activations"] else "kept",
             size_text(row["peak"]),
             "unknown" if most is None else f"{most:,}" if most else "none fits",
-            f"{row['accumulation']:,} x {min(most, asked):,}" if most else "",
+            f"{row['accumulation']:,} x {row['micro_batch']:,}" if row["accumulation"] else "",
         )
     return table
 

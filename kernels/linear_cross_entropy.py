@@ -93,10 +93,10 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a b; of factors of 16 bits in float32, for a sum over many rows is more than float16 holds."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
+    elif a.is_cpu:
         total += a.to(total.dtype) @ b.to(total.dtype)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 # The kernel.

@@ -28,17 +28,22 @@ def forward(
     dbias = None if bias is None else np.zeros_like(bias)
     total = x.dtype.type(0)
     step = max(1, CHUNK // len(weight))
-    for start in range(0, len(rows), step):
-        chunk = slice(start, start + step)
+
+    def add(chunk: slice) -> np.floating:
+        """Its part of the loss; its gradients are added. What is made of its logits goes before the next one's come."""
+        nonlocal dweight, dbias
         logits, saved_linear = linear.forward(rows[chunk], weight, bias)
         mean, saved_loss = cross_entropy.forward(logits, target[chunk], ignore_index)
         counted = x.dtype.type(np.count_nonzero(target[chunk] != ignore_index))
-        total += mean * counted
         dlogits = cross_entropy.backward(counted, saved_loss)
         dx[chunk], dweight_chunk, dbias_chunk = linear.backward(dlogits, saved_linear)
         dweight += dweight_chunk
         if dbias is not None:
             dbias += dbias_chunk
+        return mean * counted
+
+    for start in range(0, len(rows), step):
+        total += add(slice(start, start + step))
     count = x.dtype.type(max(1, np.count_nonzero(target != ignore_index)))
     return total / count, (dx.reshape(x.shape), dweight, dbias, count)
 

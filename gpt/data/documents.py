@@ -51,6 +51,8 @@ class Document(NamedTuple):
 def find_files(sources: Sequence[Path], pattern: str | None = None) -> list[tuple[Path, str]]:
     """The path and the name of each file: of a folder those that match, in the order of their paths; any named itself.
 
+    Links to files are followed, links to folders are not.
+
     pattern None: all of PATTERNS. UserError for what is not there, and for a folder without such a file.
     """
     found: list[tuple[Path, str]] = []
@@ -61,12 +63,28 @@ def find_files(sources: Sequence[Path], pattern: str | None = None) -> list[tupl
             found.append((source, source.name))
             continue
         patterns = (pattern,) if pattern else PATTERNS
-        files = sorted({path for each in patterns for path in source.rglob(each) if path.is_file()})
+        if Path(patterns[0]).is_absolute():
+            raise UserError(f"pattern: expected one of names in {source}, such as '*.txt', got {pattern!r}")
+        _check_readable(source)
+        matching = {path for each in patterns for path in source.rglob(each)}
+        if broken := [path for path in sorted(matching) if not path.exists()]:
+            raise UserError(f"{broken[0]}: a link to what is not there")
+        files = sorted(path for path in matching if path.is_file())
         if not files:
             raise UserError(f"{source} holds no file that matches {' or '.join(map(repr, patterns))}")
         above = source if len(sources) == 1 else source.parent
         found += [(path, path.relative_to(above).as_posix()) for path in files]
     return found
+
+
+def _check_readable(folder: Path) -> None:
+    """UserError for a folder in it that cannot be read, whose texts would be missing without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    for _ in os.walk(folder, onerror=refuse):
+        pass
 
 
 def has_lines(path: str | Path) -> bool:
@@ -98,18 +116,24 @@ def documents(part: Range, field: str, watch: Callable[[int], object]) -> Iterat
             yield Document(text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
     else:
         yield Document(decoded(blocks, path, part.begin), continued=part.begin > 0)
-    now = _status(path)
-    if (now.st_size, now.st_mtime_ns) != (part.size, part.modified):
-        raise UserError(f"{path} has changed while it was read: run again")
+    _check_unchanged(part)
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+def digest(part: Range) -> str:
+    """The SHA-256 of the file that it is of, in hexadecimal digits. UserError where that has changed since."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(part.path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {part.path}: {error.strerror or error}") from error
+    _check_unchanged(part)
+    return found
+
+
+def _check_unchanged(part: Range) -> None:
+    now = _status(Path(part.path))
+    if (now.st_size, now.st_mtime_ns) != (part.size, part.modified):
+        raise UserError(f"{part.path} has changed while it was read: run again")
 
 
 def _status(path: Path) -> os.stat_result:

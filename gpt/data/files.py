@@ -19,6 +19,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     UserError when it cannot be written, a full disk for instance; what was written is then removed.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"cannot write {path}: it is no ordinary file, and would be replaced by one")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def encode_part(part: Ranges, target: Path, tokenizer: Tokenizer, field: str, re
     with atomic_write(target) as file:
         out = _Writer(file, tokenizer, report)
         for each in part:
-            digests.append(digest(Path(each.path)) if each.whole else None)
+            digests.append(digest(each) if each.whole else None)
             for document in documents(each, field, lambda length: report(length, 0)):
                 if not document.continued:
                     starts.append(out.count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ from gpt.data.tokenfile import Source, TokenFile, open_tokens, token_dtype, writ
 from gpt.data.workers import make_parts
 from gpt.errors import UserError
 from gpt.tokenizers import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["prepare"]
 
@@ -57,10 +63,12 @@ def prepare(
     progress = progress or Progress()
     dtype = token_dtype(tokenizer.n_vocab)
     files = find_files([sources] if isinstance(sources, Path | str) else list(sources), pattern)
-    files = [(path, name) for path, name in files if path != target and folder not in path.parents]
+    own = {target.resolve(), folder.resolve()}
+    files = [(path, name) for path, name in files if not own & {path.resolve(), *path.resolve().parents}]
     _check_separable(files, tokenizer)
     parts = plan(files)
     paths = [folder / name for name in part_names(parts, tokenizer, field)]
+    lock = _locked(folder, target)
     try:
         _make(parts, paths, tokenizer, field, processes, progress)
         opened = [Part(path, dtype) for path in paths]
@@ -75,6 +83,7 @@ def prepare(
         raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
     finally:
         _tidy(folder)
+        os.close(lock)
     shutil.rmtree(folder, ignore_errors=True)
     return open_tokens(target)
 
@@ -115,7 +124,7 @@ def _length(part: Ranges) -> int:
 def _sources(parts: Sequence[Ranges], opened: Sequence[Part]) -> list[Source]:
     """A Source for each file. One that lies in several ranges is read once more."""
     return [
-        Source(each.name, each.size, known or digest(Path(each.path)))
+        Source(each.name, each.size, known or digest(each))
         for part, made in zip(parts, opened, strict=True)
         for each, known in zip(part, made.digests, strict=True)
         if each.begin == 0
@@ -173,6 +182,26 @@ def _tokens(parts: Sequence[Part], offsets: Sequence[int], begin: int, stop: int
         until = min(stop, offsets[i + 1])
         yield from parts[i].tokens(begin - offsets[i], until - offsets[i])
         begin, i = until, i + 1
+
+
+def _locked(folder: Path, target: Path) -> int:
+    """A descriptor of the folder, by which others that would write the same file are kept out until it is closed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{target}: another preparation is writing it; wait for that, or choose another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _tidy(folder: Path) -> None:

@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
     report: Any
     # Read by NumPy when it is first imported: these small products gain nothing from threads that wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if arguments.op and not arguments.kernel:
+        raise UserError(f"--op {arguments.op} says what --kernel computes; expected --kernel FILE.py:FUNCTION too")
     if arguments.kernel or "kernels" in arguments.ops:
         interpret_without_gpu()
     if arguments.kernel:

@@ -154,7 +154,7 @@ class MathML(Form):
         return f"<mrow><munder>{sign}<mrow>{'<mo>,</mo>'.join(letters)}</mrow></munder>{over}</mrow>"
 
     def cases(self, condition: str, a: str, b: str) -> str:
-        first = f"<mtr><mtd>{a}</mtd><mtd><mtext>if </mtext>{condition}</mtd></mtr>"
+        first = f"<mtr><mtd>{a}</mtd><mtd><mtext>if&#xa0;</mtext>{condition}</mtd></mtr>"
         rows = f"{first}<mtr><mtd>{b}</mtd><mtd><mtext>otherwise</mtext></mtd></mtr>"
         return f"<mrow><mo>{{</mo><mtable>{rows}</mtable></mrow>"
 

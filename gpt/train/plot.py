@@ -132,6 +132,8 @@ def _draw_among(
     evaluated = ~np.isnan(log["train_loss"])
     shown, y = (evaluated, log["train_loss"]) if evaluated.any() else (np.ones(len(x), bool), log["loss"])
     line: dict[str, Any] = {"color": colour, "linewidth": width, "alpha": 0.45 if width > 1.4 else 1.0}
+    if shown.sum() == 1:  # of which there is no line
+        line["marker"] = "o"
     axes.plot(x[shown], y[shown], label=f"{label}, training", **line)
     known = ~np.isnan(log["val_loss"])
     if known.any():

@@ -381,4 +381,5 @@ def _plot(out: Path, metrics: Sequence[str] = ()) -> None:
             unit = "Loss" if metrics else "Loss (nats per token)"
             save_plot(plot_losses({out.name: log}, loss=unit), out / PLOT)
             for name in metrics:
-                save_plot(plot_metric(log, name), out / name)
+                if any(np.isfinite(log[column]).any() for column in log if column in (f"train_{name}", f"val_{name}")):
+                    save_plot(plot_metric(log, name), out / name)

@@ -10,7 +10,8 @@ import numpy as np
 
 from gpt.engine import Tensor
 from gpt.errors import UserError
-from gpt.train.checkpoint import find_checkpoint
+from gpt.options import read_json_object
+from gpt.train.checkpoint import TRAINER, find_checkpoint
 from gpt.weights import huggingface, llama2_c, native, openai, registry
 from gpt.weights.native import SavedModel
 from gpt.weights.tensors import Stored, read_pickle, read_safetensors
@@ -26,7 +27,8 @@ PICKLES = (".bin", ".pt", ".pth")
 def load(source: str | Path) -> SavedModel:
     """The model at `source`: a name of the registry or of a Hugging Face repository, a folder, or a file.
 
-    A folder may be a run's (its finished model, its best, else its last checkpoint), one that transformers wrote, or
+    A folder may be a run's (its finished model, its best, else its last checkpoint; its last too where the best is of
+    the first step and none was evaluated after it), one that transformers wrote, or
     one of OpenAI's. A name's files are downloaded when they are not there; OpenAI's are converted once. Parameters are
     read when they are made arrays; one with a NaN is warned of. Raises UserError with what is wrong and where.
     """
@@ -43,6 +45,8 @@ def find(source: str | Path) -> Path:
     if path.exists():
         return path
     name = str(source)
+    if path.parts[0] == "runs":  # where the commands put theirs: no owner's name
+        raise UserError(f"{name}: there is no run; train one, or name a run's folder, a file, or other weights")
     if name in registry.ENTRIES:
         converted = registry.folder(name) / CONVERTED
         if not converted.exists():
@@ -90,8 +94,19 @@ def _model_file(path: Path) -> Path:
         finished = [file for file in path.glob("*.safetensors") if not NO_MODEL.fullmatch(file.name)]
         if len(finished) == 1:
             return finished[0]
-        path = find_checkpoint(path, "best") or find_checkpoint(path, "last") or path
+        path = _best(path) or find_checkpoint(path, "last") or path
     return path / MODEL if (path / MODEL).exists() else path
+
+
+def _best(run: Path) -> Path | None:
+    """The best checkpoint of a run; not one of its first step, if nothing was evaluated since: it had no rival."""
+    best, last = find_checkpoint(run, "best"), find_checkpoint(run, "last")
+    if best and last:
+        states = [read_json_object(path / TRAINER) for path in (best, last)]
+        step, evaluated, known = states[0].get("step"), states[0].get("val_loss"), states[1].get("val_loss")
+        if step == 1 and evaluated == known:
+            return None
+    return best
 
 
 def _watched(path: Path, name: str, array: Tensor) -> Stored:

@@ -21,7 +21,7 @@ from gpt.cli import main
 from gpt.engine import Batch, OptimizerConfig
 from gpt.errors import UserError
 from gpt.numpy_engine import NumpyEngine
-from gpt.plan import KINDS, Setup, activations, largest_batch, memory, require_memory
+from gpt.plan import KINDS, Setup, activations, fitting, largest_batch, memory, require_memory
 from gpt.work import gradients, update
 from reference import linear_cross_entropy
 from reference.config import PRESETS, GPTConfig
@@ -635,13 +635,15 @@ def test_what_lacks_memory_is_told_from_other_errors():
 
 def test_the_largest_batch_that_fits_is_named():
     setup = Setup(PRESETS["gpt2-small"], 64, 1024, "torch")
-    free = memory(replace(setup, batch_size=5)).peak
+    free = memory(replace(setup, batch_size=5, accumulation=13)).peak
     with pytest.raises(UserError, match="batch_size 64 of 1024 tokens needs .* is free; batch_size 5 fits") as caught:
         require_memory(setup, free)
-    more = largest_batch(replace(setup, checkpoint_activations=True), free)
+    more, times = fitting(replace(setup, checkpoint_activations=True), free)
+    assert more * times >= 64
+    require_memory(replace(setup, batch_size=more, accumulation=times, checkpoint_activations=True), free)
     assert "accumulation 13 for as many tokens a step" in str(caught.value)
     assert str(caught.value).endswith(f"with checkpoint_activations batch_size {more}")
-    require_memory(replace(setup, batch_size=5), free)  # which fits
+    require_memory(replace(setup, batch_size=5, accumulation=13), free)  # which fits
 
 
 @pytest.mark.parametrize(
@@ -714,3 +716,29 @@ def test_memory_that_runs_out_in_a_step_is_one_line(run, monkeypatch, capsys):
     line = capsys.readouterr().err
     assert line.startswith("error: memory: none is left after step 2 (Unable to allocate ")
     assert "a smaller batch_size with as much more accumulation" in line
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(GPTConfig(257, 64, 64, 48, 4, 4), 1, 64, "numpy", "float64", checkpoint_activations=True),
+        Setup(GPTConfig(50_257, 64, 32, 1, 1), 24, 64, "numpy"),
+    ],
+    ids=["deep and narrow: small parameters, joined", "logits in chunks"],
+)
+def test_numpy_s_odd_shapes_are_planned(setup):
+    assert_within(memory(setup).peak, numpy_peak(setup))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 60), st.integers(1, 3), st.sampled_from(["numpy", "torch", "triton"]), st.floats(0.05, 1))
+def test_what_is_said_to_fit_fits_and_makes_as_many_examples(batch, accumulation, engine, part):
+    asked = Setup(PRESETS["bytes-small"], batch, 128, engine, accumulation=accumulation)
+    free = part * memory(asked).peak
+    rows, times = fitting(asked, free)
+    if not rows:
+        assert memory(replace(asked, batch_size=1)).peak > free
+        return
+    assert memory(replace(asked, batch_size=rows, accumulation=times)).peak <= free
+    if times > 1:
+        assert batch * accumulation <= rows * times < batch * accumulation + times

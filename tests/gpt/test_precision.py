@@ -8,7 +8,7 @@ from gpt.engine import Batch, NonFiniteError, OptimizerConfig, create_engine
 from gpt.errors import UserError
 from gpt.generate import Sampling, generate
 from gpt.weights.load import load
-from reference import PRESETS, GPTConfig
+from reference import PRESETS, GPTConfig, rope
 from reference.init import initialize
 from reference.philox import PhiloxNoise
 from reference.torch_rng import Generator
@@ -155,3 +155,14 @@ def test_what_an_engine_cannot_do_is_refused(name, settings, message):
     config = PRESETS["bytes-tiny"]
     with pytest.raises(UserError, match=message):
         create_engine(name, config, initialize(config, Generator(1)), **settings)
+
+
+def test_compiled_angles_are_those_of_float64():
+    """In float32 the frequencies would be off by more the further the position."""
+    positions = torch.arange(8000, 8192)
+
+    def angles(positions):
+        return rope.angles(positions.numpy(), 64, dtype="float64")
+
+    for found, expected in zip(torch.compile(angles, backend="aot_eager")(positions), angles(positions), strict=True):
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=1e-11)

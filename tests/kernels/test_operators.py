@@ -489,3 +489,11 @@ def test_launches_are_recorded_instead_of_made():
         layer_norm.backward(torch.empty_like(y), saved)
     assert [launched.kernel for launched in launches] == [layer_norm.forward_kernel, layer_norm.backward_kernel]
     assert launches[0].options["BLOCK"] == 16
+
+
+def test_a_weight_s_gradient_over_many_rows_does_not_overflow_float16():
+    """No smaller scale of the loss could mend it, for that is only applied in the backward pass."""
+    x, weight = torch.full((1024, 4), 500.0, dtype=torch.float16), torch.zeros(8, 4, dtype=torch.float16)
+    weight.requires_grad_()
+    linear_cross_entropy.operator(x, weight, None, torch.zeros(1024, dtype=torch.int64)).backward()
+    torch.testing.assert_close(weight.grad[0].float(), torch.full((4,), -500 * 7 / 8), rtol=1e-3, atol=0)

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from gpt import cli, tokenizers
 from gpt.data import WindowLoader, cuts, documents, loader, open_tokens, parts, preparation, prepare, text
-from gpt.data.documents import digest
 from gpt.data.permutation import permutation
 from gpt.data.progress import Bar, Lines, Progress
 from gpt.errors import UserError
@@ -89,9 +88,13 @@ def test_whatever_the_parts_the_tokens_are_the_documents(tmp_path, name, texts, 
     assert made.ids.tolist() == expected(documents, tokenizer)
     names = [f"a{i}.txt" for i in range(len(texts))] + ["c.jsonl", "d.jsonl.gz"]
     assert [source.name for source in made.sources] == names
-    assert all(source.sha256 == digest(folder / source.name) for source in made.sources)
+    assert all(source.sha256 == sha256(folder / source.name) for source in made.sources)
     assert all(source.bytes == (folder / source.name).stat().st_size for source in made.sources)
     assert not list(folder.glob("out.parts"))
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -480,5 +483,47 @@ def test_a_terminal_gets_a_bar(corpus, tmp_path):
     assert "left" in shown
 
 
-def test_digests_are_those_of_the_files(corpus):
-    assert digest(corpus / "a.txt") == hashlib.sha256((corpus / "a.txt").read_bytes()).hexdigest()
+def test_a_file_that_changes_after_its_parts_were_made_is_refused(corpus):
+    """Its tokens would be of the old text, its digest of the new."""
+    path = corpus / "a.txt"
+    [part] = documents.ranges(path, "a.txt", 1 << 30)
+    assert documents.digest(part) == sha256(path)
+    path.write_text("another text")
+    with pytest.raises(UserError, match=r"a\.txt has changed while it was read: run again"):
+        documents.digest(part)
+
+
+def test_two_that_write_the_same_file_are_not_both_begun(corpus, monkeypatch):
+    begun = preparation.make_parts
+
+    def again(*arguments):
+        with pytest.raises(UserError, match="out: another preparation is writing it"):
+            prepare(corpus, corpus / "out", tokenizers.load("bytes"))
+        begun(*arguments)
+
+    monkeypatch.setattr(preparation, "make_parts", again)
+    first = prepare(corpus, corpus / "out", tokenizers.load("bytes"))
+    monkeypatch.undo()
+    assert np.array_equal(first.ids, prepare(corpus, corpus / "out2", tokenizers.load("bytes")).ids)
+    assert not list(corpus.glob("*.parts"))
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*", "nowhere.txt"])
+def test_a_folder_s_files_that_cannot_be_read_are_not_left_out(corpus, pattern):
+    if pattern.startswith("/"):
+        message = "pattern: expected one of names in"
+    else:
+        (corpus / pattern).symlink_to("what is not there")
+        message = "nowhere.txt: a link to what is not there"
+    with pytest.raises(UserError, match=message):
+        prepare(corpus, corpus / "out", tokenizers.load("bytes"), pattern if pattern.startswith("/") else None)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(corpus, monkeypatch):
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{top}/private"))
+        return iter(())
+
+    monkeypatch.setattr(documents.os, "walk", walk)  # root may read all
+    with pytest.raises(UserError, match="private: cannot be read: Permission denied"):
+        prepare(corpus, corpus / "out", tokenizers.load("bytes"))

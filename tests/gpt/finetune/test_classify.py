@@ -351,3 +351,11 @@ def test_a_classifier_writes_no_text(config, refused, twingrad, instructions, pa
         assert line == f"{path}: tells 2 classes apart, and cannot learn to write"
         assert not (tmp_path / kind).exists()
     assert "twingrad classify" in refused("generate", "--model", path, "--prompt", "a", "--engine", "numpy")
+
+
+def test_a_run_that_is_never_evaluated_ends_with_its_model_all_the_same(labelled, small, twingrad, tmp_path):
+    """There is no accuracy to draw, and no other reason to lose the model."""
+    out = tmp_path / "run"
+    twingrad(*TRAIN, "--data", labelled, "--out", out, "--steps", "2", *small, "numpy", "--eval_every", "0")
+    assert {"review_classifier.safetensors", "results.json", "loss.png"} <= {path.name for path in out.iterdir()}
+    assert not (out / "accuracy.png").exists()

@@ -177,6 +177,7 @@ def test_json_holds_every_measurement(monkeypatch, capsys):
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--dtype", "float16"], "dtype: models train in float64 and float32, not in float16"),
         (["--kernel", "nowhere.py:norm"], "--kernel FILE.py:FUNCTION wants --op OP, and no other operators"),
+        (["--op", "layer_norm"], "--op layer_norm says what --kernel computes; expected --kernel FILE.py:FUNCTION too"),
         (["--kernel", "nowhere.py:norm", "--op", "layer_norm"], "kernel: there is no file nowhere.py"),
         (["--kernel", "nowhere", "--op", "layer_norm"], "kernel: expected FILE.py:FUNCTION, got 'nowhere'"),
         (["--kernel", f"{__file__}:nothing", "--op", "layer_norm"], f"kernel: {__file__} has no function nothing"),

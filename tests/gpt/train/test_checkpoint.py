@@ -240,3 +240,25 @@ def test_files_are_for_whom_the_user_s_files_are(tmp_path):
     finally:
         os.umask(before)
     assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o640"}
+
+
+@pytest.mark.parametrize(
+    ("first", "latest", "chosen"),
+    [
+        ((1, 5.0), (40, 5.0), "last"),  # the only one that was evaluated, before it had learnt anything
+        ((1, 5.0), (40, 6.0), "best"),
+        ((30, 5.0), (40, 5.0), "best"),
+    ],
+)
+def test_a_run_s_model_is_the_best_that_had_a_rival_else_the_last(tmp_path, first, latest, chosen):
+    for kind, (step, val_loss), seed in (("best", first, 1), ("last", latest, 2)):
+        state = {**STATE, "step": step, "val_loss": val_loss}
+        save_checkpoint(tmp_path, kind, state, arrays(seed), CONFIG, {"name": "bytes"}, moments())
+    loaded = np.asarray(load(tmp_path).params["tok_emb.weight"])
+    assert np.array_equal(loaded, arrays(1 if chosen == "best" else 2)["tok_emb.weight"])
+
+
+def test_a_run_that_is_not_there_is_looked_for_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^runs/latest: there is no run; train one, or name a run's folder"):
+        load("runs/latest")
