@@ -259,6 +259,17 @@ def _rounds(cases: Collection[Mapping[str, Any]]) -> str:
     return f", {rounds} {many} in {f'each of {sessions} sessions' if sessions > 1 else 'one session'}"
 
 
+def _fewest_and_most(cases: Collection[Mapping[str, Any]]) -> str:
+    """How many rounds medians are of, after a semicolon; "" where none were kept."""
+    counts = [
+        max(sum(map(len, each["seconds"]["sessions"] or ())) for each in case["contestants"].values()) for case in cases
+    ]
+    if not counts or not min(counts):
+        return ""
+    fewest, most = min(counts), max(counts)
+    return f"; medians and quartiles of {f'{fewest} to {most}' if fewest < most else most} rounds"
+
+
 def _of_plan(cases: Collection[Mapping[str, Any]], least_bytes: int = 0) -> str:
     """What memory steps took, in units of what `twingrad plan` says; "" where none of so many bytes was planned."""
     told = []
@@ -554,8 +565,10 @@ def figures(found: Sequence[Result]) -> str:
         )
         parts += [f"{intro} ({_links(found, _is_writing)}):", _writing(written)]
     where = "; ".join(dict.fromkeys(_where(one) for one in found if one.kind == "cpu"))
+    every = [case for one in found if one.kind == "cpu" for case in one.cases.values()]
     parts.append(
-        f"Measured on {where}. Spread, peers, roofline, cost as the work grows: [`bench/RESULTS.md`](bench/RESULTS.md)."
+        f"Measured on {where}{_fewest_and_most(every)}. Spread, peers, roofline, cost as the work grows: "
+        "[`bench/RESULTS.md`](bench/RESULTS.md)."
     )
     return "\n\n".join(parts)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt.data.text import load_text
 from gpt.errors import UserError, require
 from gpt.options import parse_config
 
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     """Check, train on both engines, plot, generate; the exit status of the first part that fails, else 0."""
     config = parse_config(DemoConfig, argv, prog="twingrad demo")
     require("torch", extra="torch")
+    load_text(config.data)  # what is wrong with it is said before all else
     out = _unused(Path(config.out))
 
     _say("1. Every layer, by hand, against finite differences and against PyTorch's automatic differentiation")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gpt.chat import TEMPLATES
 from gpt.engine import OptimizerConfig
 from gpt.errors import UserError
+from gpt.options import did_you_mean
+from gpt.prompts import STYLES
 from gpt.train.config import ModelConfig, TrainConfig
 from reference.lora import TARGETS, LoRA
 
@@ -216,6 +219,9 @@ class PreferConfig(FinetuneConfig):
         super().__post_init__()
         if not self.beta > 0:
             raise UserError(f"beta: expected a positive number, got {self.beta}")
+        known = (*STYLES, *TEMPLATES)
+        if self.style not in known and "{" not in self.style:  # a template's text
+            raise UserError(f"style: {self.style!r} is not one of {', '.join(known)}{did_you_mean(self.style, known)}")
         _check_answers(self.responses, self.max_new_tokens)
 
 

@@ -176,7 +176,7 @@ class FinetuneFull:
     logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Where the numbers go beside log.csv. csv: metrics.csv, written when training is done."""
     seed: int = 1337
-    """Of the adapters' first values, of dropout and of which example is random."""
+    """Of dropout, of which example is random, and of the first values of adapters, where there are any."""
     resume: bool = False
     """Whether to go on with the run in out_dir from its last checkpoint."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -158,6 +158,7 @@ class ModelConfig:
             ("init", ("book", "gpt2")),
         ):
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+        _require(bool(self.out), "out", self.out, "the name of a folder")
         _require(0 < self.timeout <= 1e9, "timeout", self.timeout, "more than 0, at most 1e9")
 
 
@@ -176,6 +177,7 @@ class RunConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(bool(self.data), "data", self.data, "a name or a path")
         _require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
 
 

@@ -341,6 +341,8 @@ def check_folder(config: Any) -> None:
     """
     check_trackers(config.log_to)
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file, expected a folder")
     if not config.resume:
         if (out / CONFIG).exists() or (out / LOG).exists() or checkpoint.find_checkpoint(out, "last"):
             raise UserError(

@@ -41,6 +41,8 @@ def convert(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.shard_size > 0:
         raise UserError(f"shard_size: expected a positive number of GB, got {arguments.shard_size}")
+    if arguments.target.suffix in load.PICKLES:
+        raise UserError(f"{arguments.target}: expected a folder, or a name that ends in .safetensors")
     is_file = arguments.target.suffix == ".safetensors"
     to = arguments.to or ("twingrad" if is_file else "huggingface")
     if is_file != (to == "twingrad"):

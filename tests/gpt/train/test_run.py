@@ -245,6 +245,13 @@ def test_bad_settings_get_one_line_and_leave_nothing(config, tmp_path, change, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_where_the_run_s_folder_should_be_is_left_alone(config, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="out: .*run is a file, expected a folder"):
+        train(config, Heard())
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "group, option, value, expected",
     [
@@ -259,6 +266,9 @@ def test_bad_settings_get_one_line_and_leave_nothing(config, tmp_path, change, m
         (LoaderConfig, "train_fraction", 1.0, "between 0 and 1"),
         (LoaderConfig, "sampling", "all", "windows or random"),
         (RunConfig, "engine", "jax", "auto or numpy or torch or triton"),
+        (RunConfig, "out", "", "the name of a folder"),
+        (RunConfig, "data", "", "a name or a path"),
+        (RunConfig, "timeout", math.inf, "more than 0, at most 1e9"),
     ],
 )
 def test_impossible_options_are_named(group, option, value, expected):

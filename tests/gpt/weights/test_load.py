@@ -149,6 +149,7 @@ def test_list_is_sorted_by_size_needs_no_network_and_says_licence_and_size():
     [
         (["convert", "nowhere", "x.safetensors"], "nowhere: no such file"),
         (["convert", "{m}", "x", "--to", "twingrad"], "expected a name that ends in .safetensors for twingrad"),
+        (["convert", "{m}", "x.bin"], "x.bin: expected a folder, or a name that ends in .safetensors"),
         (["convert", "{m}", "x.safetensors", "--to", "huggingface"], "expected a folder for huggingface"),
         (["convert", "{m}", "{m}"], "exists; nothing was written"),
         (["convert", "{m}", "x", "--shard_size", "0"], "shard_size: expected a positive number"),
