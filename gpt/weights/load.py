@@ -101,10 +101,9 @@ def _model_file(path: Path) -> Path:
 def _best(run: Path) -> Path | None:
     """The best checkpoint of a run; not one of its first step, if nothing was evaluated since: it had no rival."""
     best, last = find_checkpoint(run, "best"), find_checkpoint(run, "last")
-    if best and last:
-        states = [read_json_object(path / TRAINER) for path in (best, last)]
-        step, evaluated, known = states[0].get("step"), states[0].get("val_loss"), states[1].get("val_loss")
-        if step == 1 and evaluated == known:
+    if best and last and (best / TRAINER).exists() and (last / TRAINER).exists():
+        then, now = (read_json_object(path / TRAINER) for path in (best, last))
+        if then.get("step") == 1 and then.get("val_loss") == now.get("val_loss"):
             return None
     return best
 
