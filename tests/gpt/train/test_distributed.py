@@ -391,11 +391,12 @@ def test_only_a_run_that_torchrun_began_itself_is_resumed_by_itself(second_of_tw
 
 
 NEIGHBOURS = """
-import os, sys
+import os, signal
 import torch
 import torch.distributed
 from gpt import world
 
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may notice before they do
 world.start()
 try:
     with world.contact():
