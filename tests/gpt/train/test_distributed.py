@@ -405,7 +405,7 @@ try:
                 os.kill(os.getpid(), 9)
             torch.distributed.all_reduce(torch.ones(1000))
 except world.LostContactError as error:
-    print(f"{world.rank()}: {error}", flush=True)
+    os.write(1, f"{world.rank()}: {error}\\n".encode())  # a whole line at once
 os._exit(1)  # at once, so that torchrun does not end those that wait for this one's connection to close
 """
 
