@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_losses", "plot_metric", "save_plot"]
+__all__ = ["is_measured", "plot_losses", "plot_metric", "save_plot"]
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#1f6fb4", "#d9602b", "#2e8b6d", "#7b5ea7", "#555555"
 SPLITS = (("train", BLUE, "training"), ("val", ORANGE, "validation"))
@@ -75,6 +75,12 @@ def plot_losses(
     return figure
 
 
+def is_measured(log: Mapping[str, np.ndarray], name: str) -> bool:
+    """Whether any evaluation measured it, on either split."""
+    columns = [f"{split}_{name}" for split, *_ in SPLITS]
+    return any(np.isfinite(log[column]).any() for column in columns if column in log)
+
+
 def plot_metric(log: Mapping[str, np.ndarray], name: str) -> Figure:
     """A figure of what evaluations measured beside the loss, columns train_NAME and val_NAME, over epochs.
 
@@ -85,7 +91,7 @@ def plot_metric(log: Mapping[str, np.ndarray], name: str) -> Figure:
     from matplotlib.ticker import EngFormatter
 
     curves = [(log[f"{split}_{name}"], c, label) for split, c, label in SPLITS if f"{split}_{name}" in log]
-    if not any(np.isfinite(y).any() for y, _, _ in curves):
+    if not is_measured(log, name):
         raise UserError(f"no {name} in the log, so there is nothing to plot")
     with rc_context(STYLE):
         figure = Figure(figsize=(7, 4.3), layout="constrained")

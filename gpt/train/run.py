@@ -41,7 +41,7 @@ from gpt.tokenizers import Tokenizer
 from gpt.train import checkpoint
 from gpt.train.config import LoaderConfig, ModelConfig, OptimizerConfig, RunConfig
 from gpt.train.log import read_log
-from gpt.train.plot import plot_losses, plot_metric, save_plot
+from gpt.train.plot import is_measured, plot_losses, plot_metric, save_plot
 from gpt.train.progress import Progress, create_progress
 from gpt.train.trackers import check_trackers, create_trackers
 from gpt.train.trainer import Result, Trainer
@@ -383,5 +383,5 @@ def _plot(out: Path, metrics: Sequence[str] = ()) -> None:
             unit = "Loss" if metrics else "Loss (nats per token)"
             save_plot(plot_losses({out.name: log}, loss=unit), out / PLOT)
             for name in metrics:
-                if any(np.isfinite(log[column]).any() for column in log if column in (f"train_{name}", f"val_{name}")):
+                if is_measured(log, name):
                     save_plot(plot_metric(log, name), out / name)

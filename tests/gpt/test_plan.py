@@ -742,3 +742,13 @@ def test_what_is_said_to_fit_fits_and_makes_as_many_examples(batch, accumulation
     assert memory(replace(asked, batch_size=rows, accumulation=times)).peak <= free
     if times > 1:
         assert batch * accumulation <= rows * times < batch * accumulation + times
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1,500,000", 1_500_000), ("1.5M", 1_500_000), ("1,5B", None)])
+def test_a_comma_is_between_thousands_alone(capsys, text, expected):
+    """Where some write a decimal comma, ten times as much would be planned."""
+    if expected:
+        assert planned(capsys, "bytes-tiny", "--tokens", text)["work"]["tokens"] == expected
+    else:
+        assert main(["plan", "bytes-tiny", "--tokens", text]) == 2
+        assert "tokens: expected a number such as 300M, 10B or 1e9, got '1,5B'" in capsys.readouterr().err

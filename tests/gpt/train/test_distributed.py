@@ -370,6 +370,16 @@ def test_what_ended_one_process_is_said_there_alone(second_of_two, monkeypatch):
     assert world.last_words("something else") == "rank 1: something else"
 
 
+def test_what_was_announced_is_not_said_again_by_others(second_of_two, monkeypatch):
+    """The first process draws plots before its last words; the others do not wait for so long."""
+    monkeypatch.setattr(world, "_errors", 0)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        world.announce("step 1: loss is nan")
+    assert world.last_words("step 1: loss is nan") is None
+    assert world.last_words("something else") == "rank 1: something else"
+
+
 def test_only_a_run_that_torchrun_began_itself_is_resumed_by_itself(second_of_two, tmp_path, monkeypatch):
     """With --max-restarts, a folder that was refused because it holds somebody's run is refused again."""
     config = RunConfig(out=str(tmp_path))
