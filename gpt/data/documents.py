@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt.data.cuts import line_end, word_end
-from gpt.data.text import BLOCK, decoded, read_bytes
+from gpt.data.text import BLOCK, decoded, read_bytes, unmarked
 from gpt.errors import UserError
 from gpt.options import did_you_mean
 
@@ -115,7 +115,8 @@ def documents(part: Range, field: str, watch: Callable[[int], object]) -> Iterat
         for text in _texts(path, blocks, field, part.begin):
             yield Document(text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
     else:
-        yield Document(decoded(blocks, path, part.begin), continued=part.begin > 0)
+        texts = decoded(blocks, path, part.begin)
+        yield Document(texts, continued=True) if part.begin else Document(unmarked(texts))
     _check_unchanged(part)
 
 

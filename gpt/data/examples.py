@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt.data.loader import check_data
 from gpt.data.order import BatchOrder
-from gpt.data.text import read_blocks, read_bytes
+from gpt.data.text import BOM, read_blocks, read_bytes
 from gpt.engine import Batch, Preferences
 from gpt.errors import UserError
 from reference.torch_rng import Generator
@@ -27,7 +27,6 @@ from reference.torch_rng import Generator
 __all__ = ["Entries", "ExampleLoader", "Examples", "JsonEntries", "Subset", "fingerprint", "number", "where"]
 
 LONGEST = 1 << 22  # characters of an entry
-BOM = "\ufeff"
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 Entries = Sequence[Mapping[str, Any]]

@@ -12,9 +12,20 @@ import numpy as np
 from gpt.data import catalogue
 from gpt.errors import UserError
 
-__all__ = ["decoded", "load_text", "read_blocks", "read_bytes", "read_text", "split_text", "split_tokens"]
+__all__ = [
+    "BOM",
+    "decoded",
+    "load_text",
+    "read_blocks",
+    "read_bytes",
+    "read_text",
+    "split_text",
+    "split_tokens",
+    "unmarked",
+]
 
 BLOCK = 1 << 20  # bytes
+BOM = "\ufeff"
 
 
 def load_text(name_or_path: str | Path) -> str:
@@ -31,7 +42,7 @@ def load_text(name_or_path: str | Path) -> str:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, its line ends as they are. UserError names the file and what is wrong with it."""
-    return "".join(read_blocks(path))
+    return "".join(unmarked(read_blocks(path)))
 
 
 def read_blocks(path: Path) -> Iterator[str]:
@@ -70,6 +81,14 @@ def decoded(blocks: Iterable[bytes], path: Path, first: int = 0) -> Iterator[str
         if text:
             yield text
         offset += len(data)
+
+
+def unmarked(pieces: Iterable[str]) -> Iterator[str]:
+    """A file's text without the byte order mark that some programs put before it."""
+    following = iter(pieces)
+    if first := next(following, "").removeprefix(BOM):
+        yield first
+    yield from following
 
 
 def split_text(text: str, fraction: float = 0.9) -> tuple[str, str]:

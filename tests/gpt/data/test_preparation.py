@@ -71,7 +71,7 @@ DOCUMENTS = st.text(
 def test_whatever_the_parts_the_tokens_are_the_documents(tmp_path, name, texts, lines, zipped, length, piece, seed):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     write(folder, c__jsonl=lines, d__jsonl__gz=zipped, **{f"a{i}__txt": each for i, each in enumerate(texts)})
-    documents = [*texts, *lines, *zipped]
+    documents = [*(each.removeprefix("\ufeff") for each in texts), *lines, *zipped]
     tokenizer = tokenizers.load(name, " ".join(documents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "LENGTH", length)
@@ -173,6 +173,14 @@ def test_a_tokenizer_without_end_token_takes_one_text_alone(tmp_path):
 def test_the_end_token_in_a_text_is_text(tmp_path):
     write(tmp_path, a__txt=f"a{END}b", b__jsonl=[f"{END}"])
     assert prepare(tmp_path, tmp_path / "out", BYTES).ids.tolist().count(BYTES.eot) == 1
+
+
+@pytest.mark.parametrize("length", [4, 1 << 20])
+@pytest.mark.parametrize("ending", ["txt", "txt.gz"])
+def test_a_byte_order_mark_before_a_text_is_none_of_it(tmp_path, monkeypatch, length, ending):
+    monkeypatch.setattr(parts, "LENGTH", length)
+    write(tmp_path, **{f"a__{ending.replace('.', '__')}": "\ufeffone and \ufefftwo"})
+    assert BYTES.decode(prepare(tmp_path, tmp_path / "out", BYTES).ids) == "one and \ufefftwo"
 
 
 def test_json_lines_may_have_a_byte_order_mark_blank_lines_and_any_line_end(tmp_path):

@@ -21,6 +21,13 @@ def test_blocks_join_to_the_text_though_characters_are_cut(tmp_path, small_block
     assert "".join(read_blocks(path)) == content == read_text(path)
 
 
+@pytest.mark.parametrize("content", ["", "x", "\ufeff", "aé\ufeff" * 5])
+def test_a_byte_order_mark_before_a_text_is_none_of_it(tmp_path, small_blocks, content):
+    path = tmp_path / "text"
+    path.write_text(content, encoding="utf-8-sig")
+    assert read_text(path) == content
+
+
 def test_a_range_of_bytes_is_read_and_its_length_told(tmp_path, small_blocks):
     path, content = tmp_path / "text", bytes(range(40))
     path.write_bytes(content)
