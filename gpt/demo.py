@@ -6,6 +6,7 @@ rounding. Each is a process of its own, because the engines' thread pools would 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -86,7 +87,11 @@ def _compare(out: Path, steps: int) -> None:
 
 
 def _twingrad(*arguments: str) -> int:
-    return subprocess.run([sys.executable, "-m", "gpt", *arguments]).returncode
+    """Run a command to its end: Ctrl-C reaches it too, and it is left the time to write what it has."""
+    with subprocess.Popen([sys.executable, "-m", "gpt", *arguments]) as process:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 def _say(text: str) -> None:
