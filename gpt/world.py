@@ -65,6 +65,7 @@ _SPEAKER = re.compile(r"rank (\d+): ")
 
 TIMEOUT = 600.0  # seconds
 _PATIENCE = timedelta(days=7)
+_ALONE = uuid.uuid4().hex  # the name of a start of one process, which needs none of the others' to agree
 _errors = 0  # that ended what this process did, where a program went on
 _HEARD = 3.0  # seconds in which the others say that they live, or what went wrong with them
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -117,16 +118,22 @@ def share(n: int) -> slice:
 
 def remember(what: str) -> None:
     """Leave word for processes that the same torchrun starts after these. Raises LostContactError."""
-    if size() > 1 and is_first():
-        _kept_store().set(f"twingrad/remembered/{what}", _started().name)
+    if _begun_by_torchrun() and is_first():
+        _kept_store().set(f"twingrad/remembered/{what}", _ALONE if size() == 1 else _started().name)
 
 
 def remembered(what: str, timeout: float = TIMEOUT) -> bool:
     """Whether processes that the same torchrun started before these left this word. Raises LostContactError."""
-    if size() == 1:
+    if not _begun_by_torchrun():
         return False
     store, key = _kept_store(timeout), f"twingrad/remembered/{what}"
-    return store.check([key]) and store.get(key).decode() != (_group.name if _group else "")
+    name = _ALONE if size() == 1 else _group.name if _group else ""
+    return store.check([key]) and store.get(key).decode() != name
+
+
+def _begun_by_torchrun() -> bool:
+    """Whether there is a torchrun, which may start processes anew: of one process too."""
+    return size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launcher() -> str:

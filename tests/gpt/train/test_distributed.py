@@ -207,6 +207,17 @@ def swap_model(run_dir: Path) -> None:
     write_safetensors(found.path / "optimizer.safetensors", {"step": np.array(2), **moments}, {"twingrad": "1"})
 
 
+def test_one_process_that_was_killed_goes_on_where_torchrun_starts_it_anew(tmp_path, text):
+    words = ["--data", text, *SETTINGS, "--out", str(tmp_path / "run"), "--engine", "numpy", "--steps", "100000"]
+    process = torchrun(1, WORKER, "train", str(tmp_path), *words, restarts=1)
+    until(process, r"Step 000004\)")
+    os.kill(int((tmp_path / "0.pid").read_text()), signal.SIGKILL)
+    until(process, r"Goes on after step (3|6) of 100000")
+    until(process, r"Train loss")
+    process.send_signal(signal.SIGINT)
+    assert "Stopped by Ctrl-C after" in process.communicate()[0]
+
+
 def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_path, text):
     """Two ranks share the model in parts; one is killed, torchrun starts them anew, and again one is killed.
 
