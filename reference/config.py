@@ -103,10 +103,13 @@ class GPTConfig:
         """Make the settings of a nested dataclass, given as a mapping, one of it."""
         value = getattr(self, name)
         if isinstance(value, dict):
-            try:
-                object.__setattr__(self, name, kind(**value))
-            except TypeError as error:
-                raise ValueError(f"{name}: {error}") from None
+            settings = {field.name: field.default for field in dataclasses.fields(kind)}
+            if unknown := value.keys() - settings.keys():
+                raise ValueError(f"{name}: no setting {min(unknown, key=str)}, expected some of {', '.join(settings)}")
+            needed = [key for key, default in settings.items() if default is dataclasses.MISSING]
+            if missing := [key for key in needed if key not in value]:
+                raise ValueError(f"{name}: expected {' and '.join(missing)} too, got {', '.join(value) or 'nothing'}")
+            object.__setattr__(self, name, kind(**value))
         if not isinstance(getattr(self, name), kind | None):
             raise ValueError(f"{name}: {value!r} is no mapping of its settings")
 

@@ -30,7 +30,7 @@ class LoRA:
     alpha: float
     scaling: str = "alpha/rank"  # s: alpha / rank as in the paper, or alpha
     dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS  # "mlp" stands for gate, up and down
+    targets: tuple[str, ...] = TARGETS  # "mlp" stands for gate, up and down; one alone may be given as its name
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
@@ -41,7 +41,8 @@ class LoRA:
             raise ValueError(f"lora scaling: {self.scaling!r} is not one of {', '.join(SCALINGS)}")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora dropout: {self.dropout!r} is not a rate, 0 <= rate < 1")
-        given = {name for target in self.targets for name in (TARGETS[4:7] if target == "mlp" else (target,))}
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        given = {name for target in targets for name in (TARGETS[4:7] if target == "mlp" else (target,))}
         if not given or given - set(TARGETS):
             wrong = ", ".join(map(str, sorted(given - set(TARGETS), key=str))) or "none"
             raise ValueError(f"lora targets: {wrong}, expected some of {', '.join(TARGETS)}, mlp")

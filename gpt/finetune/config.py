@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from gpt.chat import TEMPLATES
@@ -114,6 +114,9 @@ class FinetuneConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lora.settings()
+        given = [field.name for field in fields(self.lora) if getattr(self.lora, field.name) != field.default]
+        if given and not self.lora.rank:
+            raise UserError(f"{given[0]}: of adapters, and at rank 0 there are none; expected --rank beside it")
         if self.lora.rank and self.optimizer.trained:
             raise UserError("trained: with adapters (rank above 0) they alone are trained")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gpt.errors import UserError
 
 TEXT = "the cat sat on the mat"
+OF_A_MODEL = ("text", "model", "steps", "dropout")  # options of its page
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ def study(config: StudyConfig) -> int:
     # take three to ten times as long, of GPT-2's weights as of the tiny model's.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if config.layer is not None:
+        for field in fields(config):
+            if field.name in OF_A_MODEL and getattr(config, field.name) != field.default:
+                raise UserError(f"{field.name}: of a model's page, and --layer studies one layer alone; leave one out")
         from gpt.study.layer import show
 
         return show(config.layer, config.yours or "", config.seed, "" if config.text_only else config.out or "")

@@ -449,6 +449,19 @@ def test_train_stopped_by_ctrl_c_exits_130_and_can_be_resumed(text, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--text", "hello"], "text: of a model's page, and --layer studies one layer alone; leave one out"),
+        (["--model", "gpt2-small"], "model: of a model's page"),
+        (["--dropout", "0.1"], "dropout: of a model's page"),
+    ],
+)
+def test_options_of_a_model_are_refused_where_one_layer_is_studied(flags, message, capsys):
+    assert cli.main(["study", "--layer", "layer_norm", *flags]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         (["--preset", "gpt2-smal"], "did you mean gpt2-small?"),
         (["--data", "the-verdikt"], "did you mean 'the-verdict'?"),
         (["--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),

@@ -186,6 +186,13 @@ def test_another_number_of_outputs_means_another_head_with_its_adapter():
         ({"n_output": 2}, "n_output: no such field of a GPTConfig; did you mean n_outputs?"),
         ({"lora": {"rank": 0, "alpha": 1.0}}, "lora rank: 0 is not a whole number of at least 1"),
         ({"lora": {"rank": 2, "alpha": 1.0, "targets": ["gate"]}}, "lora targets: this model has none of gate"),
+        ({"lora": {"rank": 2, "alpha": 1.0, "targets": "gate"}}, "lora targets: this model has none of gate"),
+        ({"lora": {"rank": 2}}, "lora: expected alpha too, got rank"),
+        ({"lora": {}}, "lora: expected rank and alpha too, got nothing"),
+        (
+            {"lora": {"rank": 2, "alpha": 1.0, "target": "up"}},
+            "lora: no setting target, expected some of rank, alpha, scaling, dropout, targets",
+        ),
     ],
 )
 def test_an_impossible_change_is_named(changes, message):

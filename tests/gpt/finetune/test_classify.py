@@ -303,6 +303,7 @@ def has_rows(path, n):
             r"trained: with adapters \(rank above 0\) they alone are trained",
         ),
         (..., ("--rank", "2", "--targets", "nose"), r"lora targets: nose, expected some of"),
+        (..., ("--targets", "query"), r"targets: of adapters, and at rank 0 there are none; expected --rank beside it"),
         (..., ("--trained", "nose.*"), r"trained: no parameter is named 'nose\.\*'"),
         (..., ("--epoch", "1"), r"has no option --epoch; did you mean --epochs\?"),
     ],
