@@ -470,22 +470,23 @@ def memory(s: Setup) -> Memory:
     kept_in_rest = sum(term.bytes for term in rest)
     everything = lasting + kept_in_blocks + kept_in_rest + loss.kept
     recomputed = one if s.checkpoint_activations else 0
-    copies_later = _copies(s, of_block=True) if s.checkpoint_activations else copies
+    copies_later = _copies(s, "head") if s.checkpoint_activations else copies
+    copies_again = _copies(s, "block") if s.checkpoint_activations else copies
     listed = {"forward": everything + copies, "loss": everything + copies_later}
     beside = {"forward": loss.forward, "loss": loss.backward}
     if s.engine == "numpy":
         addends = sets * (s.accumulation > 1) if s.apart else s.accumulation * s.parts > 1
         addend = _largest(s) * addends  # a weight's gradient, before it is added
         listed["blocks"] = lasting + kept_in_blocks
-        beside["blocks"] = loss.head + recomputed + _block_backward(s, last, True) + addend
+        beside["blocks"] = loss.head + recomputed + _block_backward(s, last) + addend
         listed["optimizer"] = lasting
         beside["optimizer"] = _joined(s)
     else:
         head = s.config.n_outputs * s.config.emb_dim * s.item * _head_learns(s)
         listed["head"] = everything - loss.kept + copies_later
         beside["head"] = loss.head
-        listed["blocks"] = lasting + kept_in_blocks + copies_later
-        beside["blocks"] = recomputed + head + _block_backward(s, last, True)
+        listed["blocks"] = lasting + kept_in_blocks + copies_again
+        beside["blocks"] = recomputed + head + _block_backward(s, last)
         listed["end of backward"] = lasting + gradients * (not stays)
         beside["end of backward"] = _end_of_backward(s, stays)
         listed["optimizer"] = parameters + moments + gradients
@@ -501,13 +502,13 @@ def _joined(s: Setup) -> int:
     return 5 * s.item * sum(size for size in sizes if size // among < optim.SMALL)
 
 
-def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:
+def _block_backward(s: Setup, block: list[Term]) -> int:
     """What the backward pass of a block holds beside what was kept: gradients of its tensors, at the largest moment.
 
     In the MLP: of the shortcut (B, T, C), the branch's result (B, T, C), and its hidden entries (B, T, M), before and
     after the activation, of two where it is gated. In attention: of the shortcut, the heads (B, H, T, D), q, k and v,
     and where scores exist of p (B, H, T, T), in PyTorch with and without dropout and before the softmax, in NumPy of a
-    block of them. If layers free what they kept (`frees`), the down projection's input is gone by then, and in
+    block of them. As layers free what they kept, the down projection's input is gone by then, and in
     attention all that the MLP kept; and with autograd shortcut and branch have one gradient, if it is of one type.
     """
     B, T, C, M = s.rows, s.length, s.config.emb_dim, s.config.mlp_dim
@@ -517,15 +518,17 @@ def _block_backward(s: Setup, block: list[Term], frees: bool) -> int:
     gates = 2 if s.config.mlp == "swiglu" else 1
     streams = B * T * C * (s.item if s.engine != "numpy" and not s.casts else s.item + s.low)
     mlp = streams + B * T * (1 + gates) * M * s.low
-    # An adapter's backward pass comes after it, with a gradient of its own; what was computed again goes later.
-    if frees and not s.config.adapts("down") and not (s.checkpoint_activations and s.engine != "numpy"):
+    frees = s.engine == "numpy" or not s.checkpoint_activations  # what autograd computed again goes later
+    if frees and s.config.adapts("down"):  # the input is there until its two gradients are, which become one
+        mlp = streams + 2 * B * T * M * s.low
+    elif frees:
         mlp -= sum(term.bytes for term in block if _of_down(term))
     if s.engine == "numpy":  # of a block, in each part
         scores = s.parts * min(B * H * T * T, max(pieces.PIECE, H // G * attention.BLOCK * T))
     else:
         scores = 3 * B * H * T * T * (s.engine == "torch" and written_out(s))
     heads = streams + (B * T * (2 * H + 2 * G) * D + scores) * s.low
-    gone = sum(term.bytes for term in block if term.kind == "MLP") if frees else 0
+    gone = sum(term.bytes for term in block if term.kind == "MLP")
     return max(mlp, heads - gone)
 
 
@@ -556,19 +559,22 @@ def _largest(s: Setup) -> int:
     return max((math.prod(s.shapes[name]) for name in s.learns), default=0) * s.item
 
 
-def _copies(s: Setup, of_block: bool = False) -> int:
+def _copies(s: Setup, of: str = "") -> int:
     """Bytes of the weights that autocast has cast: those that learn, for as long as the forward pass goes on, and those
-    that gradients pass through. `of_block`: of a block's and the head's alone."""
+    that gradients pass through, which nothing keeps where they will pass through what is computed again.
+
+    `of`: the "head" alone, or a "block", computed again.
+    """
     if not s.casts or s.engine == "numpy":
         return 0
 
     def is_cast(name: str) -> bool:
         layer = name.rpartition(".")[0]
         if layer in ("head", "tok_emb", "pos_emb"):
-            return layer == _head(s) and not (s.engine == "torch" and s.fuses)
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else s.config.n_layers
-        wanted = s.config.n_layers - 1 if of_block else max(0, s.first)
-        return "norm" not in layer and block >= wanted
+            return layer == _head(s) and of != "block" and not (s.engine == "torch" and s.fuses)
+        if of == "head" or "norm" in layer or (s.checkpoint_activations and not of and name not in s.learns):
+            return False
+        return int(name.split(".")[1]) >= (s.config.n_layers - 1 if of == "block" else max(0, s.first))
 
     return s.count(name for name in s.shapes if is_cast(name)) * s.low
 

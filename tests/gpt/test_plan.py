@@ -53,6 +53,8 @@ CASES = {
     "wide": Setup(GPTConfig(257, 64, 512, 2, 8), 1, 64),
     "adapters": Setup(GPTConfig(257, 128, 192, 3, 4, lora=LORA), 8, 128),
     "few adapters with dropout": Setup(GPTConfig(257, 128, 192, 3, 4, lora=SOME), 8, 128),
+    "adapters, few tokens": Setup(GPTConfig(257, 128, 256, 3, 4, lora=LORA), 2, 64),
+    "adapters of a wide MLP": Setup(GPTConfig(257, 128, 128, 1, 2, mlp_dim=1024, lora=LORA, **LLAMA), 8, 128),
     "llama's adapters": Setup(GPTConfig(257, 128, 192, 3, 4, 2, lora=LORA, **LLAMA), 8, 128),
     "last block": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES), 8, 128, trained=LAST),
     "float64": Setup(GPTConfig(257, 128, 96, 2, 4, **GPT2), 8, 128, dtype="float64"),
@@ -97,7 +99,7 @@ def test_numpy_takes_what_was_planned(name):
     assert_within(memory(setup).peak, numpy_peak(setup))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "grouped heads", "dropout"])
+@pytest.mark.parametrize("name", ["gpt2", "grouped heads", "dropout", "adapters of a wide MLP"])
 def test_numpy_takes_what_was_planned_with_checkpoints(name):
     setup = replace(CASES[name], engine="numpy", checkpoint_activations=True)
     assert_within(memory(setup).peak, numpy_peak(setup))
@@ -229,7 +231,13 @@ def test_the_kernels_take_what_was_planned(name, precision, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("gpt2", "full"), ("grouped heads", "bfloat16"), ("dropout", "full"), ("adapters", "bfloat16")],
+    [
+        ("gpt2", "full"),
+        ("grouped heads", "bfloat16"),
+        ("dropout", "full"),
+        ("adapters", "bfloat16"),
+        ("adapters, few tokens", "bfloat16"),
+    ],
 )
 def test_torch_takes_what_was_planned_with_checkpoints(name, precision, monkeypatch):
     case = CASES[name]
