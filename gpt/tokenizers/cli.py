@@ -36,6 +36,8 @@ def train(argv: list[str]) -> None:
         raise UserError(f"out: expected a name that ends in {_KINDS[kind]} for {kind}, got {out}")
     if arguments.remove_extra_whitespaces and kind != "sentencepiece":
         raise UserError(f"remove_extra_whitespaces: means nothing to {kind}, which keeps every space")
+    if out.exists():  # texts may be encoded with it
+        raise UserError(f"out: {out} exists already; choose another name, or remove it")
     text = load_text(arguments.data)
     made: tokenizers.Tokenizer
     if kind == "sentencepiece":

@@ -31,10 +31,12 @@ def run(*arguments) -> int:
 def test_a_trained_tokenizer_encodes_and_trains(kind, file, text, tmp_path, capsys):
     path = tmp_path / file
     assert run("tokenizer", "train", "--kind", kind, "--data", text, "--vocab_size", 300, "--out", path) == 0
+    assert f"{kind}, 300 tokens" in capsys.readouterr().out
+    assert run("tokenizer", "train", "--kind", kind, "--data", text, "--vocab_size", 290, "--out", path) == 2
+    assert f"out: {path} exists already" in capsys.readouterr().err
     tokenizer = tokenizers.load(path)
     assert tokenizer.n_vocab == 300
     assert tokenizer.decode(tokenizer.encode(TEXT)) == load_text(text)
-    assert f"{kind}, 300 tokens" in capsys.readouterr().out
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["text.txt", file])  # nothing half written
 
     assert run("data", "prepare", text, "--out", tmp_path / "text.tokens", "--tokenizer", path) == 0
