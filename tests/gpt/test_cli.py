@@ -110,6 +110,16 @@ def test_printed_options_read_back(tmp_path, capsys):
     assert parse(f"--config {file}") == parse(flags)
 
 
+def test_of_several_processes_the_first_prints_the_options(monkeypatch, capsys):
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for rank, lines in (("0", True), ("1", False)):
+        for name, value in {**place, "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            parse("--print_config")
+        assert bool(capsys.readouterr().out) is lines
+
+
 def test_from_dict_is_the_inverse_of_to_dict():
     run = Run(data="b", model={"emb_dim": 3}, optimizer=Optimizer(betas=(0.0, 0.5)))
     assert to_dict(run)["optimizer"]["betas"] == [0.0, 0.5]
