@@ -6,9 +6,11 @@
 
 A step's peak is the largest of a few moments, because activations go while gradients come:
 
+    frozen blocks    the forward pass in a block of which nothing is kept: what it computes with, as it goes along
     forward          parameters, moments, all activations, logits and what the loss makes of them
     loss             the same with the gradients of the logits
-    blocks           the backward pass in the last block: no logits any more, all other activations still there
+    blocks           the backward pass in the last block: no logits any more, all other activations still there; or in
+                     the first, with the gradients of the others
     end of backward  all gradients, no activations, and a tied embedding's gradient in its parts
     optimizer        all gradients, and what AdamW holds of the largest parameter
 
@@ -56,7 +58,8 @@ MOST_ROWS = 2**20  # that are tried
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and how. Rows are shared by the processes; everything else is as in gpt/train/config.py."""
+    """What is trained, and how. Examples are shared by the processes; everything else is as in gpt/train/config.py and
+    gpt/finetune/config.py."""
 
     config: GPTConfig
     batch_size: int
@@ -71,11 +74,23 @@ class Setup:
     checkpoint_activations: bool = False
     device: str = "cpu"  # or cuda
     cores: int = 1  # among which the NumPy engine divides a batch, gpt/parts.py
+    objective: str = "cross_entropy"  # or dpo, orpo, whose examples are pairs of answers
+    counted: int | None = None  # of a pair's row, the targets that have a log-probability; None: all
+
+    @property
+    def examples(self) -> int:
+        """Of a micro-batch, in the process that has most of them."""
+        return -(-self.batch_size // self.processes)
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch, in the process that has most of them."""
-        return -(-self.batch_size // self.processes)
+        """The same as rows of tokens: a pair has two."""
+        return 2 * self.examples if self.pairs else self.examples
+
+    @property
+    def pairs(self) -> bool:
+        """Whether an example is a pair of answers, and the loss made of their tokens' log-probabilities."""
+        return self.objective != "cross_entropy"
 
     @property
     def item(self) -> int:
@@ -116,7 +131,7 @@ class Setup:
     def fuses(self) -> bool:
         """Whether head and loss are one operator: where it would save memory, and the head has no adapter."""
         tokens = self.rows * self.length
-        if self.config.adapts("head") or (self.engine == "numpy" and not _head_learns(self)):
+        if self.pairs or self.config.adapts("head") or (self.engine == "numpy" and not _head_learns(self)):
             return False
         many = tokens > FUSED_TOKENS[self.engine] * self.config.emb_dim
         return many and tokens * self.config.n_outputs > FUSED_ABOVE[self.engine]
@@ -127,8 +142,11 @@ class Setup:
         if self.engine != "numpy":
             return 1
         most = parts.most_parts(self.rows * self.length * self.config.emb_dim, self.cores, self.apart)
-        texts = min(most, self.rows)
-        return texts if self.config.drops or self.checkpoint_activations else most // texts * texts
+        if self.pairs and self.config.drops:  # masks are those of all rows together
+            return 1
+        texts = min(most, self.examples)
+        whole = self.pairs or self.config.drops or self.checkpoint_activations
+        return texts if whole else most // texts * texts
 
     @property
     def apart(self) -> bool:
@@ -243,14 +261,20 @@ def embedding_mask(s: Setup) -> Terms:
 
 
 def torch_block(s: Setup, i: int) -> Terms:
-    q_dim = s.config.n_heads * s.config.head_dim
+    q_dim, qkv = s.config.n_heads * s.config.head_dim, ("query", "key", "value")
     yield from torch_norm(s, f"blocks.{i}.norm1", i > s.first)
-    yield from torch_inputs(s, "attention projections", i, "attn", ("query", "key", "value"), s.config.emb_dim, s.item)
-    yield from torch_attention(s, i)
-    yield from torch_adapters(s, "attention projections", i, "attn", ("out",), q_dim)
-    yield from torch_norm(s, f"blocks.{i}.norm2", True)
+    if attention_learns(s, i):
+        yield from torch_inputs(s, "attention projections", i, "attn", qkv, s.config.emb_dim, s.item)
+        yield from torch_attention(s, i)
+        yield from torch_adapters(s, "attention projections", i, "attn", ("out",), q_dim)
+    yield from torch_norm(s, f"blocks.{i}.norm2", attention_learns(s, i))
     yield from torch_mlp(s, i)
     yield from shortcut_masks(s)
+
+
+def attention_learns(s: Setup, i: int) -> bool:
+    """Whether anything before block i's shortcut behind its attention does."""
+    return i > s.first or any(name.startswith((f"blocks.{i}.norm1.", f"blocks.{i}.attn.")) for name in s.learns)
 
 
 def torch_norm(s: Setup, name: str, reached: bool) -> Terms:
@@ -368,9 +392,11 @@ class Loss(NamedTuple):
 
 
 def loss_memory(s: Setup) -> Loss:
-    """Cross entropy over the head's logits (N, V)."""
+    """Cross entropy over the head's logits (N, V), or its addends: log-probabilities, which preferences are made of."""
     if s.fuses:
         return fused_loss(s)
+    if s.pairs and s.engine == "numpy":
+        return token_logps_loss(s)
     N, V, C = s.rows * s.length, s.config.n_outputs, s.config.emb_dim
     if s.engine == "numpy":  # logits; then their gradient
         logits = N * V * s.item
@@ -378,10 +404,23 @@ def loss_memory(s: Setup) -> Loss:
     wide = max(4, s.item)
     logits, softmax = N * V * s.low, N * V * wide
     weight = V * C * (s.item + s.low * s.casts) * _head_learns(s)
+    added = 3 * logits - softmax if s.config.adapts("head") else 0  # the head's, its adapter's, and their sum
+    head = logits + N * C * s.low + weight
+    if s.engine == "triton" and not s.pairs:  # kernels/cross_entropy.py keeps logits, under autocast a float32 copy
+        return Loss(softmax, max(logits * s.casts, added), softmax, head)
     # log softmax is kept. Forward: logits, and under autocast a float32 copy beside the norm's result, of which it took
     # a copy before. Backward: its gradient, then the logits'.
     forward = logits + (softmax + N * C * s.item) * s.casts
-    return Loss(softmax, forward, 2 * softmax, logits + N * C * s.low + weight)
+    return Loss(softmax, max(forward, added), 2 * softmax, head)
+
+
+def token_logps_loss(s: Setup) -> Loss:
+    """reference/token_logps.py: of the logits (N, V) a copy of the n rows that count is kept. Forward: the logits, and
+    before that, where the head has an adapter, what it adds. Backward: the gradient of the n rows, and that of all."""
+    row = s.config.n_outputs * s.item
+    N, n = s.rows * s.length, s.rows * min(s.length, s.length if s.counted is None else s.counted)
+    forward = max(N, 2 * N - n) if s.config.adapts("head") else N
+    return Loss(n * row, forward * row, (n + N) * row, 0)
 
 
 def fused_loss(s: Setup) -> Loss:
@@ -449,12 +488,11 @@ def memory(s: Setup) -> Memory:
     blocks = [activations(s, i) for i in range(n_layers)]
     differentiated = [block for block in blocks if block]
     last = differentiated[-1] if differentiated else []
-    one = sum(term.bytes for term in last)  # of a block, whatever is kept of it
-    if s.checkpoint_activations:
+    again = s.checkpoint_activations
+    if again:
         inputs = s.rows, s.length, s.config.emb_dim
-        kept = [Term("norms", "the block's input", inputs, s.item) for _ in differentiated]
-    else:
-        kept = [term for block in differentiated for term in block]
+        differentiated = [[Term("norms", "the block's input", inputs, s.item)] for _ in differentiated]
+    kept = [term for block in differentiated for term in block]
     kept_in_blocks = sum(term.bytes for term in kept)
     rest = list(REST[s.engine](s))
     loss = loss_memory(s)
@@ -469,9 +507,9 @@ def memory(s: Setup) -> Memory:
     lasting = parameters + moments + gathered + gradients * sets * stays
     kept_in_rest = sum(term.bytes for term in rest)
     everything = lasting + kept_in_blocks + kept_in_rest + loss.kept
-    recomputed = one if s.checkpoint_activations else 0
-    copies_later = _copies(s, "head") if s.checkpoint_activations else copies
-    copies_again = _copies(s, "block") if s.checkpoint_activations else copies
+    recomputed = sum(term.bytes for term in last if term.tensor != "norm1: x") * again  # x is kept: the block's input
+    copies_later = _copies(s, "head") if again else copies
+    copies_again = _copies(s, "block") if again else copies
     listed = {"forward": everything + copies, "loss": everything + copies_later}
     beside = {"forward": loss.forward, "loss": loss.backward}
     if s.engine == "numpy":
@@ -485,14 +523,38 @@ def memory(s: Setup) -> Memory:
         head = s.config.n_outputs * s.config.emb_dim * s.item * _head_learns(s)
         listed["head"] = everything - loss.kept + copies_later
         beside["head"] = loss.head
-        listed["blocks"] = lasting + kept_in_blocks + copies_again
+        listed["blocks"] = lasting + max(kept_in_blocks, _at_the_first(s, differentiated[:1], stays)) + copies_again
         beside["blocks"] = recomputed + head + _block_backward(s, last)
         listed["end of backward"] = lasting + gradients * (not stays)
         beside["end of backward"] = _end_of_backward(s, stays)
         listed["optimizer"] = parameters + moments + gradients
         beside["optimizer"] = _optimizer(s)
+    if s.first > 0:
+        listed["frozen blocks"] = lasting
+        beside["frozen blocks"] = _frozen_forward(s)
     phases = {phase: listed[phase] + beside[phase] for phase in listed}
     return Memory(parameters, gradients * sets, moments, gathered, copies, by_kind, phases, listed)
+
+
+def _frozen_forward(s: Setup) -> int:
+    """What the forward pass holds in a block of which it keeps nothing, for nothing before it learns.
+
+    In the MLP: the shortcut before and after attention and the norm's result (B, T, C), and what is between the
+    matrices (B, T, M). In attention: the shortcut, the norm's result, the heads, q, k and v, in NumPy q times the scale
+    as well, and where scores exist all of them (B, H, T, T), in PyTorch before and after the softmax and dropout.
+    """
+    B, T, C, M = s.rows, s.length, s.config.emb_dim, s.config.mlp_dim
+    H, G, D = s.config.n_heads, s.config.n_kv_heads, s.config.head_dim
+    gated = s.config.mlp == "swiglu"
+    if s.engine == "numpy":
+        between, of_heads = 4 if gated else 3, (3 * H + 2 * G) * D
+        scores = sum(term.bytes for term in numpy_attention(s) if term.tensor.endswith("p"))
+    else:
+        between, of_heads = (4 if s.engine == "torch" else 3) if gated else 2, (2 * H + 2 * G) * D
+        scores = 4 * B * H * T * T * s.low * written_out(s)
+    cast = (B * T * C + M * C) * s.low * s.casts  # the norm's result and a matrix
+    mlp = 3 * B * T * C * s.item + between * B * T * M * s.low + cast
+    return max(mlp, 2 * B * T * C * s.item + B * T * of_heads * s.low + scores)
 
 
 def _joined(s: Setup) -> int:
@@ -502,14 +564,22 @@ def _joined(s: Setup) -> int:
     return 5 * s.item * sum(size for size in sizes if size // among < optim.SMALL)
 
 
+def _at_the_first(s: Setup, kept: list[list[Term]], stays: bool) -> int:
+    """When autograd comes to the first block: what is kept of it, and the gradients of the blocks behind it."""
+    first = max(0, s.first)
+    behind = (name for name in s.learns if name.startswith("blocks.") and int(name.split(".")[1]) > first)
+    of_first = sum(term.bytes for block in kept for term in block)
+    return of_first + s.count(behind) * s.item // s.shards * (not stays)
+
+
 def _block_backward(s: Setup, block: list[Term]) -> int:
     """What the backward pass of a block holds beside what was kept: gradients of its tensors, at the largest moment.
 
     In the MLP: of the shortcut (B, T, C), the branch's result (B, T, C), and its hidden entries (B, T, M), before and
     after the activation, of two where it is gated. In attention: of the shortcut, the heads (B, H, T, D), q, k and v,
     and where scores exist of p (B, H, T, T), in PyTorch with and without dropout and before the softmax, in NumPy of a
-    block of them. As layers free what they kept, the down projection's input is gone by then, and in
-    attention all that the MLP kept; and with autograd shortcut and branch have one gradient, if it is of one type.
+    block of them. Layers free what they kept: the down projection's input is gone by then, and in attention all that
+    the MLP kept; and with autograd shortcut and branch have one gradient, if it is of one type.
     """
     B, T, C, M = s.rows, s.length, s.config.emb_dim, s.config.mlp_dim
     H, G, D = s.config.n_heads, s.config.n_kv_heads, s.config.head_dim
@@ -518,10 +588,9 @@ def _block_backward(s: Setup, block: list[Term]) -> int:
     gates = 2 if s.config.mlp == "swiglu" else 1
     streams = B * T * C * (s.item if s.engine != "numpy" and not s.casts else s.item + s.low)
     mlp = streams + B * T * (1 + gates) * M * s.low
-    frees = s.engine == "numpy" or not s.checkpoint_activations  # what autograd computed again goes later
-    if frees and s.config.adapts("down"):  # the input is there until its two gradients are, which become one
+    if s.config.adapts("down"):  # the input is there until its two gradients are, which become one
         mlp = streams + 2 * B * T * M * s.low
-    elif frees:
+    else:
         mlp -= sum(term.bytes for term in block if _of_down(term))
     if s.engine == "numpy":  # of a block, in each part
         scores = s.parts * min(B * H * T * T, max(pieces.PIECE, H // G * attention.BLOCK * T))
@@ -610,7 +679,7 @@ def _name(i: int, part: str, layer: str) -> str:
 
 
 def largest_batch(s: Setup, free: float) -> int:
-    """The most rows of a micro-batch, a multiple of the processes, whose peak is at most `free` bytes; 0 if none."""
+    """The most examples of a micro-batch, a multiple of the processes, whose peak is within `free` bytes; 0 if none."""
 
     def fits(rows: int) -> bool:
         return memory(replace(s, batch_size=rows * s.processes)).peak <= free
@@ -657,7 +726,7 @@ def require_memory(s: Setup, free: float) -> None:
     if needed <= free:
         return
     begin = (
-        f"memory: batch_size {s.batch_size} of {s.length} tokens needs {size_text(needed)}"
+        f"memory: batch_size {s.batch_size}{' pairs' if s.pairs else ''} of {s.length} tokens needs {size_text(needed)}"
         f"{' in each process' if s.processes > 1 else ''}, and {size_text(free)} is free; "
     )
     rows, accumulation = fitting(s, free)

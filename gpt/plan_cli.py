@@ -61,6 +61,8 @@ class PlanConfig:
     """Whether a block's activations are computed again in the backward pass instead of kept."""
     trained: tuple[str, ...] = ()
     """Patterns of the parameters that learn; none: all, or the adapters alone. May be given several times."""
+    objective: Literal["cross_entropy", "dpo", "orpo"] = "cross_entropy"
+    """What is learnt: the next token, or by the other two a preference, of examples that are pairs of answers."""
     memory: str | None = None
     """What each device has, such as 24GiB; none: what is free here."""
     ceilings: str | None = None
@@ -126,6 +128,7 @@ def setup_of(config: PlanConfig) -> Setup:
     return Setup(
         model, config.batch_size, length, engine, config.dtype, config.precision, config.trained, config.accumulation,
         processes, config.parallel, config.checkpoint_activations, "cuda" if config.gpus else "cpu", parts.threads(),
+        config.objective,
     )  # fmt: skip
 
 
@@ -133,9 +136,10 @@ def report(config: PlanConfig) -> dict[str, Any]:
     """Everything that `show` prints, as plain values: bytes of each device, seconds, numbers of operations."""
     setup = setup_of(config)
     tokens = None if config.tokens is None else _tokens(config.tokens)
-    step_tokens = setup.batch_size * setup.length * setup.accumulation
+    rows = setup.batch_size * (2 if setup.pairs else 1)
+    step_tokens = rows * setup.length * setup.accumulation
     taken, again = memory(setup), setup.checkpoint_activations
-    micro_batch = gradients(setup.config, setup.batch_size, setup.length, setup.learns, again)
+    micro_batch = gradients(setup.config, rows, setup.length, setup.learns, again)
     operations = micro_batch.operations * setup.accumulation
     moved = update(setup.config, setup.learns).bytes * (setup.item / FLOAT) / setup.shards
     steps = None if tokens is None else math.ceil(tokens / step_tokens)
@@ -149,6 +153,7 @@ def report(config: PlanConfig) -> dict[str, Any]:
         "device": "GPU" if config.gpus else "CPU",
         "processes": setup.processes,
         "parallel": setup.parallel,
+        "objective": setup.objective,
         "batch_size": setup.batch_size,
         "length": setup.length,
         "accumulation": setup.accumulation,
@@ -372,10 +377,11 @@ def show(found: Mapping[str, Any]) -> None:
     if found["device"] == "CPU":
         device = "this CPU" if found["processes"] == 1 else f"{found['processes']} processes on a CPU"
     shared = f" ({found['parallel']})" if found["processes"] > 1 else ""
+    examples = found["batch_size"] if found["objective"] == "cross_entropy" else f"{found['batch_size']} pairs x 2"
     precision = "" if found["precision"] == "full" else f", {found['precision']}"
     console.print(
         f"{found['preset']}: {found['parameters']:,} parameters, {learning}; {found['engine']} engine, "
-        f"{found['dtype']}{precision}; micro-batches of {found['batch_size']} x {found['length']:,} tokens, "
+        f"{found['dtype']}{precision}; micro-batches of {examples} x {found['length']:,} tokens, "
         f"{found['accumulation']} a step; {device}{shared}",
         soft_wrap=True,
     )
@@ -421,6 +427,7 @@ def _memory_table(found: Mapping[str, Any]) -> Any:
 
 
 AT = {
+    "frozen blocks": "in the frozen blocks' forward pass",
     "forward": "at the end of the forward pass",
     "loss": "in the loss's backward pass",
     "head": "in the head's backward pass",

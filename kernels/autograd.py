@@ -78,7 +78,8 @@ def operator(
         ctx.save_for_backward(*(value for value in values if isinstance(value, torch.Tensor)))
         ctx.others = [None if isinstance(value, torch.Tensor) else (value,) for value in values]
         ctx.present = [given[argument] is not None for argument in gradients]
-        ctx.set_materialize_grads(True)
+        # Zeros where a result was not used. One alone was, and what was computed besides needs no zeros of its size.
+        ctx.set_materialize_grads(len(results) > 1)
 
     def differentiate(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)

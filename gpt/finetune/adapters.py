@@ -41,7 +41,7 @@ from reference.init import initialize
 from reference.lora import LoRA
 from reference.torch_rng import Generator
 
-__all__ = ["adapt", "fingerprint", "load_adapter", "merge", "save_adapter", "unmerge"]
+__all__ = ["adapt", "changed_config", "fingerprint", "load_adapter", "merge", "save_adapter", "unmerge"]
 
 FORMAT = 1
 SAMPLE = 1024  # values of each tensor in a fingerprint
@@ -62,10 +62,7 @@ def adapt(
     UserError for an impossible change, and for parameters that are not those of `config`.
     """
     check_arrays(params, config.parameter_shapes())
-    try:
-        changed = config.replace(**changes)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    changed = changed_config(config, **changes)
     shapes = changed.parameter_shapes()
     new_head = changed.n_outputs != config.n_outputs
     kept = {
@@ -75,6 +72,14 @@ def adapt(
     }
     drawn = initialize(changed, generator, "book", names=shapes.keys() - kept)
     return {name: params[name] if name in kept else drawn[name] for name in shapes}, changed
+
+
+def changed_config(config: GPTConfig, **changes: Any) -> GPTConfig:
+    """A model's config with changes. UserError for an impossible one."""
+    try:
+        return config.replace(**changes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def merge(params: Mapping[str, Tensor], config: GPTConfig) -> tuple[Tensors, GPTConfig]:

@@ -99,6 +99,7 @@ class EncodedEntries:
         self._encode, self._per_entry = encode_entry, per_entry
         self.dropped: list[tuple[int, str]] = []  # number of an entry in its file, and the reason
         self.kept = array("q")  # indices of the entries that are left
+        self.longest = self.longest_answer = 0  # tokens of a row, and of what follows a prompt
         self.rows = Rows() if cache else None
         for i in range(len(entries)):
             try:
@@ -110,8 +111,10 @@ class EncodedEntries:
                 self.dropped.append((number(entries, i), made))
                 continue
             self.kept.append(i)
-            if self.rows is not None:
-                for row in made:
+            for row in made:
+                self.longest = max(self.longest, len(row.ids))
+                self.longest_answer = max(self.longest_answer, len(row.ids) - row.prompt_length)
+                if self.rows is not None:
                     self.rows.append(row)
         if self.dropped and not self.kept:
             first, reason = self.dropped[0]

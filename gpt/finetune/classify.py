@@ -52,7 +52,7 @@ class Classify(Task):
         train = data.Classification(
             self.rows[0], tokenizer, config.loader.max_length, model.context_length, len(config.labels)
         )
-        self.max_length = train.max_length
+        self.max_length = self.length = train.max_length
         others = (
             data.Classification(part, tokenizer, self.max_length, n_labels=len(config.labels)) for part in self.rows[1:]
         )

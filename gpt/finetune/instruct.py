@@ -45,6 +45,8 @@ class Instruct(Task):
             data.InstructionDataset(part, tokenizer, config.style, length, cache=config.keep_tokens)
             for part in (train, held_out)
         ]
+        self.longest = sets[0].longest
+        self.length = min(self.longest, length)
         learnt = fingerprint(*self.files(config))
         self.train_loader = ExampleLoader(sets[0], collate, size, shuffle, drop, generator, learnt)
         self.validation_loader = ExampleLoader(sets[1], collate, size, False, False, generator)

@@ -107,6 +107,7 @@ class InstructionDataset(Examples[Answered]):
 
         self._encoded = EncodedEntries(entries, encode_entry, 1, cache)
         self.dropped = self._encoded.dropped
+        self.longest = self._encoded.longest  # tokens of an entry
 
     def __len__(self) -> int:
         return len(self._encoded)

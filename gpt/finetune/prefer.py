@@ -55,6 +55,8 @@ class Prefer(Task):
             )
             for part in parts
         ]
+        self.objective, self.length = config.objective, self.sets[0].longest - 1
+        self.counted = min(self.sets[0].longest_answer, self.length)
         self.held_out = parts[1]
         self.collate = partial(
             data.collate, pad_id=self.pad, objective=config.objective, beta=config.beta, max_length=length

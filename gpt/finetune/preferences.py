@@ -181,6 +181,7 @@ class PreferenceDataset(Examples[Pair]):
 
         self._encoded = EncodedEntries(entries, encode_entry, 2, cache)
         self.dropped = self._encoded.dropped
+        self.longest, self.longest_answer = self._encoded.longest, self._encoded.longest_answer  # tokens of a row
         self.identical = sorted(same)
         self.reference: np.ndarray | None = None
 

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from gpt import tokenizers, world
 from gpt.data import Loader
@@ -22,12 +22,12 @@ from gpt.data.catalogue import ENTRIES, get
 from gpt.data.files import atomic_write
 from gpt.engine import Engine, Tensor
 from gpt.errors import UserError
-from gpt.finetune.adapters import adapt, merge, save_adapter
+from gpt.finetune.adapters import adapt, changed_config, merge, save_adapter
 from gpt.finetune.config import FinetuneConfig
 from gpt.tokenizers import Tokenizer
 from gpt.train.config import TrainConfig
 from gpt.train.progress import Progress, create_progress
-from gpt.train.run import CONFIG, again, carry_out, make_engine, model_config, shared
+from gpt.train.run import CONFIG, again, carry_out, check_memory, make_engine, model_config, shared
 from gpt.train.trainer import Result, Trainer
 from gpt.weights.load import load
 from gpt.weights.native import SavedModel, save_model
@@ -47,6 +47,9 @@ class Task(ABC):
 
     train_loader: Loader
     validation_loader: Loader
+    length: int  # of the longest training example in a batch, in tokens
+    objective: str = "cross_entropy"  # or dpo, orpo; with `counted` as in gpt.plan.Setup
+    counted: int | None = None
     data: str  # what is learnt from, in words
     spec: dict[str, Any]  # what using the model needs to know, kept in its files
 
@@ -97,7 +100,7 @@ def finetune(
     command = f"{command.replace('twingrad', world.launcher(), 1)} --config {Path(config.out, config_file)} --resume"
     with shared(config, command):
         progress = progress or create_progress()
-        trainer, task = world.first_then_all(lambda: build(config, make_task, progress))
+        trainer, task = build(config, make_task, progress)
         task.begin(trainer.engine, progress)
         result = carry_out(config, trainer, task.data)
         if result.interrupted:
@@ -127,19 +130,41 @@ def _finish(config: FinetuneConfig, trainer: Trainer, engine: Engine, task: Task
 
 
 def build(config: FinetuneConfig, make_task: MakeTask, progress: Progress | None = None) -> tuple[Trainer, Task]:
-    """The trainer of a run, before its first step, and the task."""
+    """The trainer of a run, before its first step, and the task. Raises UserError."""
+    begun = world.first_then_all(lambda: _begin(config, make_task))
+    return world.together(lambda: _make_trainer(config, begun, progress))
+
+
+class Begun(NamedTuple):
+    """A run whose files are there, and nothing large is made."""
+
+    saved: SavedModel | None
+    tokenizer: Tokenizer
+    model: GPTConfig  # that the weights are of, or are drawn for
+    task: Task
+    generator: Generator
+
+
+def _begin(config: FinetuneConfig, make_task: MakeTask) -> Begun:
+    """Find weights and data, and read the data."""
     saved = load(config.weights) if config.weights else None
     if saved and saved.config.lora:
         params, architecture = merge(saved.params, saved.config)
         saved = saved._replace(params=params, config=architecture)
-    tokenizer = _tokenizer(config, saved)
-    generator = Generator(config.train.seed)
-    changes = config.changes()
+    tokenizer, generator, changes = _tokenizer(config, saved), Generator(config.train.seed), config.changes()
     model = model_config(config, tokenizer.n_vocab, saved, classifies="n_outputs" in changes)
+    task = make_task(config, tokenizer, changed_config(model, **changes), generator)  # which draws nothing yet
+    return Begun(saved, tokenizer, model, task, generator)
+
+
+def _make_trainer(config: FinetuneConfig, begun: Begun, progress: Progress | None) -> tuple[Trainer, Task]:
+    saved, tokenizer, model, task, generator = begun
+    changes = config.changes()
+    adapted = changed_config(model, **changes)
+    patterns = config.optimizer.trained or task.trained(adapted)
+    check_memory(config, adapted, task.length, patterns, task.objective, task.counted)
     base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
     params, model = adapt(base, model, generator, **changes)
-    task = make_task(config, tokenizer, model, generator)
-    patterns = config.optimizer.trained or task.trained(model)
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
     trainer = Trainer(
         make_engine(config, model, params, optimizer),

@@ -220,7 +220,6 @@ class Workshop(Instruct):
         self.generator, self.choice = generator, Generator(self.asked.seed)
         self.sample_tokens = self.asked.eval.max_new_tokens
         self.max_length = min(config.loader.max_length or model.context_length, model.context_length)
-        self.longest = max(len(row.ids) for row in self.train_loader.examples)  # type: ignore[attr-defined]
         wanted = self.asked.eval.evaluate_example
         if wanted.isdecimal() and int(wanted) >= len(self.held_out):
             raise UserError(

@@ -51,7 +51,17 @@ from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
 from reference.torch_rng import Generator
 
-__all__ = ["again", "build", "carry_out", "check_folder", "make_engine", "model_config", "shared", "train"]
+__all__ = [
+    "again",
+    "build",
+    "carry_out",
+    "check_folder",
+    "check_memory",
+    "make_engine",
+    "model_config",
+    "shared",
+    "train",
+]
 
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -188,7 +198,7 @@ def _make_trainer(config: RunConfig, saved: SavedModel | None, corpus: Corpus, p
         raise UserError(
             f"max_length: expected at most the model's context_length {model.context_length}, got {max_length}"
         )
-    _check_memory(config, model, max_length)
+    check_memory(config, model, max_length, config.optimizer.trained)
     generator = Generator(config.train.seed)
     params: Mapping[str, Any] = saved.params if saved else initialize(model, generator, config.init)
     loaders = [
@@ -208,8 +218,19 @@ def _make_trainer(config: RunConfig, saved: SavedModel | None, corpus: Corpus, p
     )
 
 
-def _check_memory(config: RunConfig, model: GPTConfig, length: int) -> None:
-    """UserError, before anything large is made, where a step would take more than is free (gpt/plan.py)."""
+def check_memory(
+    config: Any,
+    model: GPTConfig,
+    length: int,
+    trained: tuple[str, ...],
+    objective: str = "cross_entropy",
+    counted: int | None = None,
+) -> None:
+    """UserError, before anything large is made, where a step would take more than is free (gpt/plan.py).
+
+    `config`: a ModelConfig with `loader` and `train`. `length`: tokens of its longest example. `trained`: patterns of
+    the parameters that learn. `objective` and `counted` as in gpt.plan.Setup.
+    """
     engine = config.engine if config.engine != "auto" else ("torch" if is_installed("torch") else "numpy")
     memory.return_freed()  # of an earlier run in this process
     on_gpu = memory.free_on_gpu() if engine != "numpy" else None
@@ -218,9 +239,9 @@ def _check_memory(config: RunConfig, model: GPTConfig, length: int) -> None:
         free = here / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this machine share it
     if free is not None:
         setup = Setup(
-            model, config.loader.batch_size, length, engine, config.dtype, config.precision, config.optimizer.trained,
+            model, config.loader.batch_size, length, engine, config.dtype, config.precision, trained,
             config.train.accumulation, world.size(), config.parallel,
-            config.checkpoint_activations, "cpu" if on_gpu is None else "cuda", parts.threads(),
+            config.checkpoint_activations, "cpu" if on_gpu is None else "cuda", parts.threads(), objective, counted,
         )  # fmt: skip
         require_memory(setup, free)
 

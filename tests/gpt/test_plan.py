@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gpt import memory as host
 from gpt import numpy_engine, parts, plan
 from gpt.cli import main
-from gpt.engine import Batch, OptimizerConfig
+from gpt.engine import IGNORE, Batch, OptimizerConfig, Preferences
 from gpt.errors import UserError
 from gpt.numpy_engine import NumpyEngine
 from gpt.plan import KINDS, Setup, activations, fitting, largest_batch, memory, require_memory
@@ -33,6 +33,7 @@ LLAMA = {"norm": "rms_norm", "mlp": "swiglu", "position": "rope", "bias": False}
 DROPOUT = {"emb_dropout": 0.1, "shortcut_dropout": 0.1, "attn_dropout": 0.1}
 LORA = {"rank": 8, "alpha": 8.0}
 SOME = {"rank": 8, "alpha": 8.0, "dropout": 0.1, "targets": ("query", "value")}
+BLOCKS = {"rank": 8, "alpha": 8.0, "targets": ("query", "key", "value", "out", "mlp")}
 CLASSES = {"n_outputs": 2, "head_bias": True}
 LAST = ("blocks.3.*", "final_norm.*", "head.*")
 
@@ -60,6 +61,26 @@ CASES = {
     "float64": Setup(GPTConfig(257, 128, 96, 2, 4, **GPT2), 8, 128, dtype="float64"),
     "accumulation": Setup(GPTConfig(5_000, 128, 192, 2, 4), 4, 64, accumulation=2),
     "accumulation, tied": Setup(GPTConfig(5_000, 128, 192, 2, 4, tie_embeddings=True), 4, 64, accumulation=2),
+    # What finetuning has beside these.
+    "new head": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES), 8, 128, trained=("head.*",)),
+    "new head of a llama": Setup(GPTConfig(257, 128, 192, 4, 4, 2, **CLASSES, **LLAMA), 8, 128, trained=("head.*",)),
+    "new head and dropout": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES, **DROPOUT), 8, 128, trained=("head.*",)),
+    "last MLP": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES), 8, 128, trained=("blocks.3.mlp.*", "head.*")),
+    "new head and adapters": Setup(
+        GPTConfig(257, 128, 192, 4, 4, **CLASSES, lora=BLOCKS), 8, 128, trained=("*.lora_?", "head.*")
+    ),
+    "adapter of a large head": Setup(GPTConfig(20_000, 64, 96, 2, 4, lora=LORA), 4, 64),
+    "adapters beside a large head": Setup(GPTConfig(20_000, 64, 96, 2, 4, tie_embeddings=True, lora=BLOCKS), 4, 64),
+    "dpo": Setup(GPTConfig(5_000, 128, 192, 2, 4, **GPT2), 4, 64, objective="dpo"),
+    "orpo": Setup(GPTConfig(20_000, 64, 96, 2, 4), 2, 64, objective="orpo"),
+    "dpo, short answers": Setup(GPTConfig(20_000, 64, 96, 2, 4), 2, 64, objective="dpo", counted=16),
+    "dpo, adapters": Setup(GPTConfig(20_000, 64, 96, 2, 4, lora=BLOCKS), 2, 64, objective="dpo", counted=30),
+    "dpo, adapter of a large head": Setup(
+        GPTConfig(20_000, 64, 96, 2, 4, tie_embeddings=True, lora=LORA), 2, 64, objective="dpo", counted=16
+    ),
+    "orpo, dropout": Setup(GPTConfig(5_000, 128, 192, 2, 4, **DROPOUT), 2, 128, objective="orpo", counted=50),
+    "dpo, last block": Setup(GPTConfig(5_000, 128, 192, 4, 4), 3, 128, trained=LAST, objective="dpo"),
+    "orpo, accumulation": Setup(GPTConfig(5_000, 128, 192, 2, 4), 2, 64, accumulation=2, objective="orpo"),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -71,12 +92,22 @@ def assert_within(planned, measured, within=WITHIN):
 # NumPy: the peak that tracemalloc sees.
 
 
+def batch_of(setup):
+    """Random tokens; of pairs the last of each row are the answer's."""
+    tokens = np.random.default_rng(0).integers(0, setup.config.vocab_size, (setup.rows, setup.length + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:] % setup.config.n_outputs
+    if not setup.pairs:
+        return Batch(inputs, targets)
+    if setup.counted is not None:
+        targets[:, : -setup.counted] = IGNORE
+    return Preferences(inputs, targets, setup.objective, 0.1, np.zeros(setup.rows))
+
+
 def numpy_peak(setup):
     """Bytes at the peak of the second step."""
     config = setup.config
     params = {name: np.zeros(shape, setup.dtype) for name, shape in setup.shapes.items()}
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (setup.batch_size, setup.length + 1))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:] % config.n_outputs)
+    batch = batch_of(setup)
     gc.collect()
     tracemalloc.start()
     try:
@@ -99,13 +130,18 @@ def test_numpy_takes_what_was_planned(name):
     assert_within(memory(setup).peak, numpy_peak(setup))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "grouped heads", "dropout", "adapters of a wide MLP"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "grouped heads", "dropout", "last block", "new head", "dpo, adapters", "adapters of a wide MLP"],
+)
 def test_numpy_takes_what_was_planned_with_checkpoints(name):
     setup = replace(CASES[name], engine="numpy", checkpoint_activations=True)
     assert_within(memory(setup).peak, numpy_peak(setup))
 
 
-@pytest.mark.parametrize("name", ["llama", "dropout", "wide", "one long text", "adapters", "few tokens"])
+@pytest.mark.parametrize(
+    "name", ["llama", "dropout", "wide", "one long text", "adapters", "few tokens", "dpo", "orpo, dropout"]
+)
 def test_numpy_takes_what_was_planned_in_parts(name, monkeypatch):
     monkeypatch.setattr(parts, "threads", lambda: 2)
     monkeypatch.setattr(parts, "LEAST", 1)
@@ -175,6 +211,14 @@ def torch_peak(setup, monkeypatch):
     def noise(layer, site, shape, rate):
         return 1, 0
 
+    def loss_of(model, tokens):  # as TorchEngine
+        if not setup.pairs:
+            return model.loss(tokens, tokens, noise)
+        chosen, rejected = model.token_logps(tokens, tokens, noise).sum(dim=1, dtype=torch.float64).chunk(2)
+        if setup.objective == "dpo":
+            return ops.dpo(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(rejected))
+        return ops.orpo(chosen / setup.length, rejected / setup.length)
+
     lower = getattr(torch, setup.precision) if setup.casts else None
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, setup.dtype))
@@ -193,7 +237,7 @@ def torch_peak(setup, monkeypatch):
             follow.peak = 0
             for _ in range(setup.accumulation):
                 with torch.autocast("cpu", lower, enabled=lower is not None):
-                    loss = model.loss(tokens, tokens, noise)
+                    loss = loss_of(model, tokens)
                 (loss / setup.accumulation).backward()
                 del loss
             total = torch.nn.utils.get_total_norm([p.grad for p in learning])
@@ -221,6 +265,14 @@ def test_torch_takes_what_was_planned(name, precision, monkeypatch):
         ("dropout", "bfloat16"),
         ("large vocabulary", "full"),
         ("adapters", "full"),
+        ("adapter of a large head", "full"),
+        ("adapter of a large head", "bfloat16"),
+        ("adapters beside a large head", "full"),
+        ("new head of a llama", "full"),
+        ("dpo", "full"),
+        ("orpo, dropout", "bfloat16"),
+        ("dpo, adapters", "full"),
+        ("dpo, adapter of a large head", "bfloat16"),
     ],
 )
 def test_the_kernels_take_what_was_planned(name, precision, monkeypatch):
@@ -237,6 +289,7 @@ def test_the_kernels_take_what_was_planned(name, precision, monkeypatch):
         ("dropout", "full"),
         ("adapters", "bfloat16"),
         ("adapters, few tokens", "bfloat16"),
+        ("dpo", "full"),
     ],
 )
 def test_torch_takes_what_was_planned_with_checkpoints(name, precision, monkeypatch):
@@ -250,6 +303,23 @@ def test_torch_takes_what_was_planned_with_checkpoints(name, precision, monkeypa
 @pytest.mark.parametrize(("batch", "length", "precision"), [(2, 256, "full"), (1, 1024, "bfloat16")])
 def test_gpt2_takes_what_was_planned(batch, length, precision, monkeypatch):
     setup = Setup(PRESETS["gpt2-small"], batch, length, precision=precision)
+    assert_within(memory(setup).peak, torch_peak(setup, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        (CLASSES, {"trained": ("head.*",)}),
+        (CLASSES, {"trained": ("blocks.11.*", "final_norm.*", "head.*"), "checkpoint_activations": True}),
+        ({"lora": LORA}, {"objective": "dpo", "batch_size": 4}),
+        ({}, {"objective": "orpo", "batch_size": 4}),
+    ],
+    ids=["new head", "last block", "dpo", "orpo"],
+)
+@pytest.mark.parametrize("precision", ["full", "bfloat16"])
+def test_gpt2_finetuned_takes_what_was_planned(changes, settings, precision, monkeypatch):
+    config = PRESETS["gpt2-small"].replace(**{"tie_embeddings": "n_outputs" not in changes, **changes})
+    setup = replace(Setup(config, 32, 256, precision=precision), **settings)
     assert_within(memory(setup).peak, torch_peak(setup, monkeypatch))
 
 
@@ -342,6 +412,7 @@ setups = st.builds(
     st.sampled_from(["numpy", "torch", "triton"]),
     precision=st.sampled_from(["full", "bfloat16"]),
     accumulation=st.integers(1, 3),
+    objective=st.sampled_from(["cross_entropy", "dpo"]),
 )
 
 
@@ -470,6 +541,19 @@ def test_json_has_the_same(capsys):
     assert again["batch_size"] > kept["batch_size"]
     assert found["time"]["step"] > 0
     assert found["work"]["steps"] is None
+
+
+def test_a_pair_of_answers_is_two_rows(capsys):
+    asked = ("bytes-tiny", "--max_length=64", "--engine=numpy", "--measure=false")
+    texts, pairs = (
+        planned(capsys, *asked, "--batch_size=8"),
+        planned(capsys, *asked, "--batch_size=4", "--objective=dpo"),
+    )
+    assert pairs["work"]["operations_per_step"] == texts["work"]["operations_per_step"]
+    assert pairs["work"]["tokens_per_step"] == 4 * 2 * 64
+    assert pairs["memory"]["peak"] == memory(Setup(PRESETS["bytes-tiny"], 4, 64, "numpy", objective="dpo")).peak
+    assert main(["plan", *asked, "--batch_size=4", "--objective=orpo"]) == 0
+    assert "micro-batches of 4 pairs x 2 x 64 tokens" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_for_gpus_never_invents_a_rate(capsys):

@@ -5,19 +5,27 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt import tokenizers
+from gpt import memory as host
+from gpt import parts, tokenizers
 from gpt.cli import main
 from gpt.errors import UserError
-from gpt.finetune.config import ClassifyConfig, InstructConfig, LoRAConfig, PreferConfig
-from gpt.finetune.run import data_file, end_token, write_json
+from gpt.finetune import run
+from gpt.finetune.config import ClassifyConfig, ExamplesConfig, InstructConfig, LoRAConfig, PreferConfig
+from gpt.finetune.instruct import Instruct
+from gpt.finetune.prefer import Prefer
+from gpt.finetune.run import build, data_file, end_token, write_json
 from gpt.options import from_dict, read_yaml
 from gpt.parity import check
+from gpt.plan import Setup, memory
+from gpt.prompts import format_prompt
 from gpt.train.log import read_log
+from gpt.train.progress import Progress
 from gpt.weights.load import load
 from gpt.weights.native import read_model, save_model
 
@@ -43,6 +51,56 @@ def flags(task, labelled, instructions, pairs, base):
     data = {"classify": labelled, "instruct": instructions, "prefer": pairs}[task]
     plain = () if task == "classify" else ("--style", "plain", "--responses", "2", "--max_new_tokens", "3")
     return ("finetune", task, "--data", data, "--weights", base, *QUICK, *plain)
+
+
+def test_a_batch_that_memory_has_no_room_for_is_refused(task, flags, twingrad, refused, tmp_path, monkeypatch):
+    """Of the longest example, or what max_length makes of it; of pairs, two rows each."""
+    words = list(map(str, flags))
+    config, data = (words[words.index(name) + 1] for name in ("--weights", "--data"))
+    words[words.index("--batch_size") + 1] = "16"
+    setup = Setup(read_model(Path(config)).config, 16, 60, "numpy", cores=parts.threads())
+    if task == "classify":
+        words += ["--max_length", "60"]
+        last = f"blocks.{setup.config.n_layers - 1}.*"
+        head = setup.config.replace(tie_embeddings=False, n_outputs=2, head_bias=True)
+        setup = replace(setup, config=head, trained=(last, "final_norm.*", "head.*"))
+    else:
+        answers = {"instruct": ("output",), "prefer": ("chosen", "rejected")}[task]
+        both = [
+            (format_prompt(entry, "plain"), entry[key])
+            for entry in json.loads(Path(data).read_text())
+            for key in answers
+        ]
+        setup = replace(setup, length=max(len(prompt + answer) for prompt, answer in both))
+    if task == "prefer":
+        setup = replace(setup, objective="dpo", counted=max(len(answer) for _, answer in both) + 1)  # and the end
+    needed = memory(setup).peak
+    words += ["--steps", "1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(host, "free_bytes", lambda: needed - 1)
+    of = f"batch_size 16{' pairs' if task == 'prefer' else ''} of {setup.length} tokens"
+    assert re.match(f"memory: {of} needs .* is free; batch_size \\d+ fits, with accumulation 2 ", refused(*words))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(host, "free_bytes", lambda: needed)
+    twingrad(*words)
+
+
+@pytest.mark.parametrize("cut", [None, 20])
+def test_what_is_asked_of_memory_is_of_the_longest_example(cut, instructions, pairs, base, monkeypatch):
+    """Tokens as the batches have them, and of pairs those of the longest answer."""
+    seen = []
+    monkeypatch.setattr(run, "check_memory", lambda config, model, *rest: seen.append(rest))
+    common = {"weights": str(base), "engine": "numpy", "style": "plain", "loader": ExamplesConfig(2, cut)}
+    for config, task in (
+        (InstructConfig(data=str(instructions), keep_tokens=False, **common), Instruct),
+        (PreferConfig(data=str(pairs), **common), Prefer),
+    ):
+        trainer, _ = build(config, task, Progress())
+        batches = list(trainer.train_loader)
+        length, _, objective, counted = seen.pop()
+        assert length == max(batch.inputs.shape[1] for batch in batches)
+        assert (objective, counted) == (
+            ("cross_entropy", None) if task is Instruct else ("dpo", max(batch.lengths.max() for batch in batches))
+        )
 
 
 def test_a_run_is_made_again_by_its_configuration(task, flags, twingrad, tmp_path, assert_same_run):
