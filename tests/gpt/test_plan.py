@@ -63,6 +63,7 @@ CASES = {
     "accumulation, tied": Setup(GPTConfig(5_000, 128, 192, 2, 4, tie_embeddings=True), 4, 64, accumulation=2),
     # What finetuning has beside these.
     "new head": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES), 8, 128, trained=("head.*",)),
+    "new head, exact gelu": Setup(GPTConfig(257, 128, 192, 4, 4, mlp="gelu", **CLASSES), 8, 128, trained=("head.*",)),
     "new head of a llama": Setup(GPTConfig(257, 128, 192, 4, 4, 2, **CLASSES, **LLAMA), 8, 128, trained=("head.*",)),
     "new head and dropout": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES, **DROPOUT), 8, 128, trained=("head.*",)),
     "last MLP": Setup(GPTConfig(257, 128, 192, 4, 4, **CLASSES), 8, 128, trained=("blocks.3.mlp.*", "head.*")),
