@@ -595,7 +595,7 @@ def _block_backward(s: Setup, block: list[Term]) -> int:
     else:
         mlp -= sum(term.bytes for term in block if _of_down(term))
     if s.engine == "numpy":  # of a block, in each part
-        scores = s.parts * min(B * H * T * T, max(pieces.PIECE, H // G * attention.BLOCK * T))
+        scores = s.parts * min(B * H * T * T, max(pieces.PIECE, H // G * attention.rows_at_once(T) * T))
     else:
         scores = 3 * B * H * T * T * (s.engine == "torch" and written_out(s))
     heads = streams + (B * T * (2 * H + 2 * G) * D + scores) * s.low

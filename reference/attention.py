@@ -19,7 +19,7 @@ import numpy as np
 
 from reference import philox, pieces
 
-BLOCK = 64  # queries at a time: nearly half of the scores of a long causal sequence are never computed
+BLOCK = 64  # queries at a time, at least: nearly half of the scores of a long causal sequence are never computed
 
 
 def forward(
@@ -99,16 +99,22 @@ def weights(saved: Any, dropped: bool = False) -> np.ndarray:
     return whole.reshape(len(q), -1, *whole.shape[3:])
 
 
+def rows_at_once(S: int) -> int:
+    """How many queries a block has: of a long sequence more, for dk and dv are added to once a block."""
+    return max(BLOCK, min(S // 16, 2 * BLOCK))
+
+
 def blocks(shape: tuple[int, ...], causal: bool) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Of scores (B, G, R, T, S) blocks for a core's cache: texts, key heads, queries, and the keys that the last of
     these queries sees; scores beyond need not be computed. None where there are none."""
     B, G, R, T, S = shape
-    many = max(1, pieces.PIECE // max(1, R * min(T, BLOCK) * S))
+    block = rows_at_once(S)
+    many = max(1, pieces.PIECE // max(1, R * min(T, block) * S))
     texts, heads = max(1, many // G), min(many, G)
     for b in range(0, B, texts):
         for g in range(0, G, heads):
-            for start in range(0, T, BLOCK):
-                stop = min(start + BLOCK, T)
+            for start in range(0, T, block):
+                stop = min(start + block, T)
                 seen = S - T + stop if causal else S
                 if seen > 0:
                     yield slice(b, b + texts), slice(g, g + heads), slice(start, stop), slice(0, seen)
