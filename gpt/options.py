@@ -32,6 +32,7 @@ __all__ = [
     "Parser",
     "did_you_mean",
     "from_dict",
+    "given",
     "parse_config",
     "read_json",
     "read_json_object",
@@ -122,6 +123,11 @@ def parse_config(config_class: type[Config], argv: Sequence[str], prog: str) -> 
             print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def given(config: Any) -> list[str]:
+    """The fields of a dataclass that are not as their defaults."""
+    return [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
 
 
 def from_dict(cls: type[Config], settings: Mapping[str, Any], prefix: str = "") -> Config:

@@ -52,12 +52,12 @@ class Classify(Task):
         train = data.Classification(
             self.rows[0], tokenizer, config.loader.max_length, model.context_length, len(config.labels)
         )
-        self.max_length = self.length = train.max_length
+        self.length = train.max_length
         others = (
-            data.Classification(part, tokenizer, self.max_length, n_labels=len(config.labels)) for part in self.rows[1:]
+            data.Classification(part, tokenizer, self.length, n_labels=len(config.labels)) for part in self.rows[1:]
         )
         pad = end_token(tokenizer)
-        collate = partial(data.collate, pad_id=pad, max_length=self.max_length, position=config.position)
+        collate = partial(data.collate, pad_id=pad, max_length=self.length, position=config.position)
         size, shuffle, drop = config.loader.batch_size, config.loader.shuffle, config.loader.drop_last
         self.train_loader = ExampleLoader(train, collate, size, shuffle, drop, generator, fingerprint(path))
         self.validation_loader, self.test_loader = (
@@ -65,12 +65,12 @@ class Classify(Task):
         )
         sizes = "/".join(str(len(part)) for part in self.rows)
         self.data = (
-            f"{config.data}: {len(rows):,} texts, {sizes} to train, validate and test, {self.max_length} tokens each"
+            f"{config.data}: {len(rows):,} texts, {sizes} to train, validate and test, {self.length} tokens each"
         )
         self.spec = {
             "kind": KIND,
             "labels": list(config.labels),
-            "max_length": self.max_length,
+            "max_length": self.length,
             "position": config.position,
             "pad": pad,
         }

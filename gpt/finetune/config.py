@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpt.chat import TEMPLATES
 from gpt.engine import OptimizerConfig
 from gpt.errors import UserError
-from gpt.options import did_you_mean
+from gpt.options import did_you_mean, given
 from gpt.prompts import STYLES
 from gpt.train.config import ModelConfig, TrainConfig
 from reference.lora import TARGETS, LoRA
@@ -114,9 +114,8 @@ class FinetuneConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lora.settings()
-        given = [field.name for field in fields(self.lora) if getattr(self.lora, field.name) != field.default]
-        if given and not self.lora.rank:
-            raise UserError(f"{given[0]}: of adapters, and at rank 0 there are none; expected --rank beside it")
+        if not self.lora.rank and (useless := given(self.lora)):
+            raise UserError(f"{useless[0]}: of adapters, and at rank 0 there are none; expected --rank beside it")
         if self.lora.rank and self.optimizer.trained:
             raise UserError("trained: with adapters (rank above 0) they alone are trained")
 

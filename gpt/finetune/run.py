@@ -141,6 +141,7 @@ class Begun(NamedTuple):
     saved: SavedModel | None
     tokenizer: Tokenizer
     model: GPTConfig  # that the weights are of, or are drawn for
+    adapted: GPTConfig  # what the task makes of it
     task: Task
     generator: Generator
 
@@ -153,21 +154,20 @@ def _begin(config: FinetuneConfig, make_task: MakeTask) -> Begun:
         saved = saved._replace(params=params, config=architecture)
     tokenizer, generator, changes = _tokenizer(config, saved), Generator(config.train.seed), config.changes()
     model = model_config(config, tokenizer.n_vocab, saved, classifies="n_outputs" in changes)
-    task = make_task(config, tokenizer, changed_config(model, **changes), generator)  # which draws nothing yet
-    return Begun(saved, tokenizer, model, task, generator)
+    adapted = changed_config(model, **changes)
+    task = make_task(config, tokenizer, adapted, generator)  # which draws nothing yet
+    return Begun(saved, tokenizer, model, adapted, task, generator)
 
 
 def _make_trainer(config: FinetuneConfig, begun: Begun, progress: Progress | None) -> tuple[Trainer, Task]:
-    saved, tokenizer, model, task, generator = begun
-    changes = config.changes()
-    adapted = changed_config(model, **changes)
+    saved, tokenizer, model, adapted, task, generator = begun
     patterns = config.optimizer.trained or task.trained(adapted)
     check_memory(config, adapted, task.length, patterns, task.objective, task.counted)
     base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
-    params, model = adapt(base, model, generator, **changes)
+    params, _ = adapt(base, model, generator, **config.changes())
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
     trainer = Trainer(
-        make_engine(config, model, params, optimizer),
+        make_engine(config, adapted, params, optimizer),
         task.settings(config.train),
         task.train_loader,
         task.validation_loader,

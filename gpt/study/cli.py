@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.errors import UserError
+from gpt.options import given
 
 TEXT = "the cat sat on the mat"
 OF_A_MODEL = ("text", "model", "steps", "dropout")  # options of its page
@@ -43,14 +44,16 @@ def study(config: StudyConfig) -> int:
     # take three to ten times as long, of GPT-2's weights as of the tiny model's.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if config.layer is not None:
-        for field in fields(config):
-            if field.name in OF_A_MODEL and getattr(config, field.name) != field.default:
-                raise UserError(f"{field.name}: of a model's page, and --layer studies one layer alone; leave one out")
+        for name in given(config):
+            if name in OF_A_MODEL:
+                raise UserError(f"{name}: of a model's page, and --layer studies one layer alone; leave one out")
         from gpt.study.layer import show
 
         return show(config.layer, config.yours or "", config.seed, "" if config.text_only else config.out or "")
     if config.yours is not None:
         raise UserError("yours: a file of your own is held against a layer, expected --layer NAME beside it")
+    if config.text_only:
+        raise UserError("text_only: a layer alone is shown as text, expected --layer NAME beside it")
     from rich.console import Console
 
     from gpt.study.report import write_report

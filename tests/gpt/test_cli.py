@@ -469,6 +469,11 @@ def test_options_of_a_model_are_refused_where_one_layer_is_studied(flags, messag
     assert f"error: {message}" in capsys.readouterr().err
 
 
+def test_a_model_s_page_is_not_text_alone(capsys):
+    assert cli.main(["study", "--text_only"]) == 2
+    assert "error: text_only: a layer alone is shown as text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
