@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 from bench import results
-from gpt.errors import UserError, require
+from gpt.errors import INTERRUPTED, UserError, require
 from gpt.parity.cli import interpret_without_gpu
-
-INTERRUPTED = 130  # the status of what Ctrl-C ended, as shells have it
 
 
 def main(argv: list[str] | None = None) -> int:

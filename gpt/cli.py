@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt import __version__, world
-from gpt.errors import UserError
+from gpt.errors import INTERRUPTED, UserError
 from gpt.options import Parser, parse_config, run_command
+from gpt.processes import heed_ctrl_c
 
 __all__ = ["COMMANDS", "main"]
 
-INTERRUPTED, GONE_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
+GONE_READER = 141  # 128 + SIGPIPE, as a shell reports it
 
 
 def check(argv: list[str]) -> int:
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
+        heed_ctrl_c()
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             status = run_command("twingrad", COMMANDS, sys.argv[1:] if argv is None else argv)

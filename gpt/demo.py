@@ -6,10 +6,7 @@ rounding. Each is a process of its own, because the engines' thread pools would 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import numpy as np
 from gpt.data.text import load_text
 from gpt.errors import UserError, require
 from gpt.options import parse_config
+from gpt.processes import twingrad
 
 ENGINES = ("numpy", "torch")
 
@@ -48,12 +46,12 @@ def main(argv: list[str]) -> int:
     out = _unused(Path(config.out))
 
     _say("1. Every layer, by hand, against finite differences and against PyTorch's automatic differentiation")
-    status = _twingrad("check")
+    status = twingrad("check")
     for i, engine in enumerate(ENGINES):
         if status:
             return status
         _say(f"{i + 2}. Train a GPT on the {engine} engine")
-        status = _twingrad(
+        status = twingrad(
             *("train", "--engine", engine, "--out", str(out / engine), "--data", config.data, "--tokenizer", "bytes"),
             *("--preset", "bytes-small", "--sampling", "random", "--batch_size", "16", "--max_length", "128"),
             *("--steps", str(config.steps), "--lr", "3e-3", "--warmup_steps", "50", "--sample_every", "0"),
@@ -65,7 +63,7 @@ def main(argv: list[str]) -> int:
     _compare(out, config.steps)
     for engine in ENGINES:
         print(f"\nWritten by the {engine} engine:", flush=True)
-        status = status or _twingrad(
+        status = status or twingrad(
             *("generate", "--engine", engine, "--model", str(out / engine), "--prompt", config.prompt),
             *("--max_new_tokens", "200", "--temperature", "0.7", "--top_k", "40", "--seed", "1"),
         )
@@ -84,14 +82,6 @@ def _compare(out: Path, steps: int) -> None:
     print(f"in no step do the two engines differ by more than {difference:.1e}.")
     paths = save_plot(plot_losses(logs, "One model, trained twice from the same seed"), out / "loss")
     print(f"Both curves: {paths[0]}")
-
-
-def _twingrad(*arguments: str) -> int:
-    """Run a command to its end: Ctrl-C reaches it too, and it is left the time to write what it has."""
-    with subprocess.Popen([sys.executable, "-m", "gpt", *arguments]) as process:
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):
-                return process.wait()
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and the message for an optional package that is not installed."""
+"""The errors that a user can cause, the message for an optional package that is not installed, Ctrl-C's status."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import importlib.util
 import sys
 from types import ModuleType
 
-__all__ = ["UserError", "check_installed", "is_installed", "require"]
+__all__ = ["INTERRUPTED", "UserError", "check_installed", "is_installed", "require"]
+
+INTERRUPTED = 130  # 128 + SIGINT: the exit status that a shell reports of what Ctrl-C ended
 
 
 class UserError(ValueError):

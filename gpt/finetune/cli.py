@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from gpt.errors import INTERRUPTED
 from gpt.finetune.config import ClassifyConfig, FinetuneConfig, InstructConfig, PreferConfig
 from gpt.finetune.run import MakeTask, finetune
 from gpt.options import parse_config, run_command
-
-INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:

@@ -36,7 +36,7 @@ import numpy as np
 from gpt.data.examples import Entries, JsonEntries, Subset
 from gpt.data.files import atomic_write
 from gpt.engine import Engine
-from gpt.errors import UserError
+from gpt.errors import INTERRUPTED, UserError
 from gpt.finetune import config as ours
 from gpt.finetune.instruct import Instruct
 from gpt.finetune.run import data_file, finetune, write_json
@@ -64,7 +64,6 @@ PRECISIONS = {
     "bf16-mixed": ("float32", "bfloat16"),
     "16-mixed": ("float32", "float16"),
 }
-INTERRUPTED = 130
 
 
 def main(config_class: type[FinetuneFull], argv: Sequence[str], prog: str) -> int:

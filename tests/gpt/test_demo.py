@@ -58,7 +58,7 @@ def test_what_ctrl_c_ends_is_left_the_time_to_write_what_it_has(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 200)
     words = ["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--engine", "numpy"]
     words += ["--steps", "100000", "--eval_every", "1", "--model.n_layers", "1", "--max_length", "16"]
-    process = started("-c", f"from gpt import demo; raise SystemExit(demo._twingrad(*{words}))")
+    process = started("-c", f"from gpt.processes import twingrad; raise SystemExit(twingrad(*{words}))")
     printed = stopped(process, "Step 00000")
     assert process.returncode == 130, printed
     assert find_checkpoint(tmp_path / "run", "last")
