@@ -237,7 +237,8 @@ def chat(config: ChatConfig) -> None:
         llm.style = style
     said: list[dict[str, str]] = []
     settings = {"stop": config.stop, **dataclasses.asdict(config.sampling)}
-    list(llm.generate("a", **{**settings, "max_new_tokens": 0}))  # wrong settings show now, not after the first prompt
+    TextStream(llm.tokenizer, stop=config.stop)  # wrong settings show now, not after the first prompt
+    llm.generate([], **settings)
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -249,16 +250,22 @@ def chat(config: ChatConfig) -> None:
             return
         if not line:
             continue
-        if keeps:
-            said.append({"role": "user", "content": line})
-            pieces = llm.chat(said, template=style, stream=True, **settings)
-        else:
-            pieces = llm.generate({"instruction": line}, stream=True, **settings)
+        asked = [*said, {"role": "user", "content": line}]
+        try:
+            if keeps:
+                pieces = llm.chat(asked, template=style, stream=True, **settings)
+            else:
+                pieces = llm.generate({"instruction": line}, stream=True, **settings)
+        except UserError as error:  # such as a word that the tokenizer does not know
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
         answer = ""
         with contextlib.suppress(KeyboardInterrupt):
             for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
         if keeps:  # without markers that the model wrote: among the template's own they would say who speaks
-            said.append({"role": "assistant", "content": templates.clean_response(answer)})
+            said = [*asked, {"role": "assistant", "content": templates.clean_response(answer)}]
         print(flush=True)

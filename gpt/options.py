@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import numbers
 import sys
 import textwrap
 import types
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
+
+_NUMBERS = {int: numbers.Integral, float: numbers.Real}
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -72,12 +75,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:
-    """The arguments with every option's name spelled as it is declared; values, and what follows "--", as they are."""
+    """The arguments with every option's name spelled as it is declared; values, and what follows "--", as they are.
+
+    What has a space in it is a value, to argparse too.
+    """
     end = argv.index("--") if "--" in argv else len(argv)
     words = []
     for word in argv[:end]:
         name, equals, value = word.partition("=")
-        words.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word)
+        spelled = f"--{name[2:].replace('-', '_')}{equals}{value}"
+        words.append(spelled if name.startswith("--") and " " not in name else word)
     return words + list(argv[end:])
 
 
@@ -283,8 +290,8 @@ def _convert(name: str, value: Any, hint: Any, expected: str = "") -> Any:
         given = _scalar(value) if isinstance(value, str) and hint is not str else value
         if type(given) is (origin or hint):
             return given
-        if hint is float and type(given) is int:
-            return float(given)
+        if hint in (int, float) and isinstance(given, _NUMBERS[hint]) and not isinstance(given, bool):
+            return hint(given)  # NumPy's are numbers too
     close = did_you_mean(str(value), choices) if origin is Literal else ""
     raise UserError(f"{name}: expected {expected}, got {value!r}{close}")
 

@@ -45,6 +45,6 @@ def format_prompt(entry: Entry, style: str = "alpaca") -> str:
     """The prompt of an entry in a style of that name. UserError for an unknown style, or no instruction in it."""
     if style not in STYLES:
         raise UserError(f"style: {style!r} is not one of {', '.join(STYLES)}{did_you_mean(style, STYLES)}")
-    if not isinstance(entry.get("instruction"), str) or not isinstance(entry.get("input", ""), str):
+    if not isinstance(entry.get("instruction"), str) or not isinstance(entry.get("input"), str | None):
         raise UserError(f'prompt: expected an entry with the text "instruction", got one with {sorted(entry)}')
     return STYLES[style](entry)

@@ -20,8 +20,11 @@ from reference import pieces
 def forward(logits: np.ndarray, targets: np.ndarray, ignore_index: int = -100) -> tuple[np.floating, Any]:
     """logits (..., V), targets (...) of integers in [0, V) or ignore_index -> loss, a scalar, saved.
 
-    With every target ignored the loss is 0 and so is the gradient. Another target out of range raises ValueError.
+    With every target ignored the loss is 0 and so is the gradient. Another target out of range, or targets of another
+    shape than the rows, raise ValueError.
     """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets: expected shape {logits.shape[:-1]}, as logits have, got {targets.shape}")
     x = logits.reshape(-1, logits.shape[-1])  # (N, V)
     target = targets.reshape(-1)  # (N,)
     counted = np.flatnonzero(target != ignore_index)

@@ -23,6 +23,8 @@ def forward(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, targets: np.ndarray, ignore_index: int = -100
 ) -> tuple[np.floating, Any]:
     """x (..., C), weight (V, C), bias (V,) or None, targets (...) as in cross_entropy.py -> loss, a scalar, saved."""
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets: expected shape {x.shape[:-1]}, as x has, got {targets.shape}")
     rows, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     dx, dweight = np.empty(rows.shape, x.dtype), np.zeros_like(weight)
     dbias = None if bias is None else np.zeros_like(bias)

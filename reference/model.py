@@ -77,7 +77,8 @@ def forward(
     recompute: bool = False,
     part: Part | None = None,
 ) -> tuple[np.ndarray, Any]:
-    """tokens (B, T) of integers -> logits (B, T, V), saved. With `targets` (B, T): -> loss, saved; no logits exist.
+    """tokens (B, T) of integers -> logits (B, T, V), saved. With `targets` (B, T): -> loss, saved;
+    no logits exist then, but of a head with an adapter.
 
     `noise(layer, site, shape, rate)` gives the noise of a dropout site, see philox.PhiloxNoise; None: no dropout.
     `positions`: those whose logits are wanted, such as slice(-1, None) to predict the next token, or integers (B, P).
@@ -185,6 +186,8 @@ def forward(
     head = head_weight(config)
     if targets is None:
         y = project("head", x, head)
+    elif config.adapts("head"):  # whose logits are a sum
+        y = run("loss", cross_entropy, project("head", x, head), targets)
     else:
         y = run("loss", linear_cross_entropy, x, params[head], params.get("head.bias"), targets)
     return y, (config, saved, positions, (B, T), trained, first, again if recompute else None, part)
@@ -303,18 +306,23 @@ def backward(
         return project(f"{name}.up", gelu.backward(note(f"{name}.act", dy), saved.pop(f"{name}.act")))
 
     head = head_weight(config)
-    if "loss" in saved:
+    if "loss" in saved and "head" not in saved:
         spare.pop(head, None)  # its memory is free for the gradient, which this layer returns in a new array
         dx, dweight, dbias = linear_cross_entropy.backward(dy, saved.pop("loss"))
         add(head, dweight)
         add("head.bias", dbias)
     else:
+        if "loss" in saved:
+            dy = cross_entropy.backward(dy, saved.pop("loss"))
         dx = project("head", dy, head)
     del dy
     dx = norm("final_norm", dx)
-    if dx.shape[1] < T:
+    if not (isinstance(positions, slice) and positions == slice(None)):
         dx_chosen, dx = dx, np.zeros((B, T, dx.shape[2]), dx.dtype)
-        dx[:, positions] = dx_chosen
+        if isinstance(positions, slice):
+            dx[:, positions] = dx_chosen
+        else:
+            np.add.at(dx, (np.arange(B)[:, None], positions), dx_chosen)  # a position may be asked for twice
     for i in reversed(range(max(first, 0), config.n_layers)):
         if again:
             again(i)

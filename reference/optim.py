@@ -19,7 +19,7 @@ SMALL = 1 << 13  # entries: of parameters with fewer, a call for each takes long
 
 
 class AdamW:
-    """Updates the arrays of `params` in place.
+    """Updates the arrays of `params` in place, which are contiguous in C order: ValueError where one is not.
 
     `decay` says which parameters decay: "all" (the book), or "matrices", those with two or more axes (the course).
     """
@@ -35,6 +35,9 @@ class AdamW:
     ) -> None:
         if decay not in ("all", "matrices"):
             raise ValueError(f"decay: {decay!r} is not one of all, matrices")
+        for name, w in params.items():
+            if not w.flags.c_contiguous:  # some entries at a time: the flat array would be a copy
+                raise ValueError(f"params: {name} is not contiguous; expected what np.ascontiguousarray makes of it")
         self.params, self.lr, self.betas, self.eps = params, lr, betas, eps
         self.weight_decay, self.decay = weight_decay, decay
         self.steps = 0

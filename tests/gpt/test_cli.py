@@ -255,6 +255,7 @@ def test_values_and_what_follows_two_dashes_keep_theirs():
     parser.add_argument("words", nargs="*")
     known = parser.parse_args(["--some-text=a--b-c", "d-e", "--", "--f-g"])
     assert (known.some_text, known.words) == ("a--b-c", ["d-e", "--f-g"])
+    assert parser.parse_args(["--some-text", "--dry-run does what?"]).some_text == "--dry-run does what?"
 
 
 def test_configurations_are_printed_by_either_spelling(capsys):

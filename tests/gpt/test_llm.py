@@ -16,7 +16,7 @@ from gpt.chat import clean_response
 from gpt.cli import main
 from gpt.errors import UserError
 from gpt.generate import Sampling, generate
-from gpt.tokenizers import ByteTokenizer
+from gpt.tokenizers import ByteTokenizer, SimpleTokenizerV1
 from gpt.weights.native import save_model
 from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
@@ -309,6 +309,49 @@ def test_chat_refuses_wrong_settings_before_the_first_prompt(path):
     done = command("chat", "--model", path, "--engine", "numpy", "--stop", "", stdin="a\n")
     assert done.returncode == 2
     assert done.stderr.startswith("error: stop: ")
+
+
+@pytest.mark.parametrize("style", ["plain", "zephyr"])
+def test_chat_goes_on_after_a_prompt_that_it_cannot_take(style, monkeypatch, capsys):
+    class Unknown(ByteTokenizer):
+        def encode(self, text, **others):
+            if "?" in text:
+                raise UserError("no token for '?'")
+            return super().encode(text, **others)
+
+    monkeypatch.setattr(LLM, "load", lambda *_, **__: LLM(Writes(b"Yes"), Unknown()))
+    lines = iter(["a?", "b", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    assert main(["chat", "--style", style]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "error: no token for '?'\n"
+    assert shown.out == "Yes\n"
+
+
+def test_chat_starts_with_a_tokenizer_that_knows_few_words(tmp_path):
+    tokenizer = SimpleTokenizerV1({"the": 0, "end": 1})
+    config = CONFIG.replace(vocab_size=2)
+    save_model(tmp_path / "m.safetensors", initialize(config, Generator(1), "gpt2"), config, tokenizer.spec())
+    options = ["--model", str(tmp_path / "m.safetensors"), "--engine", "numpy", "--max_new_tokens", "2"]
+    done = command("chat", *options, stdin="the\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = command("chat", *options, stdin="the\nbeginning\nend\n")
+    assert done.returncode == 2
+    assert "beginning" in done.stderr
+
+
+def test_numbers_may_be_numpys(llm):
+    expected = llm.generate("def f", 5, temperature=0.5, top_k=3, seed=1)
+    settings = {"temperature": np.float32(0.5), "top_k": np.int32(3), "seed": np.int64(1)}
+    assert llm.generate("def f", np.int64(5), **settings) == expected
+    for wrong in ({"top_k": np.float64(3)}, {"top_k": True}, {"temperature": np.bool_(True)}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            llm.generate("def f", 5, **wrong)
+
+
+def test_an_entry_may_have_no_input_in_either_way(llm):
+    assert llm.encode({"instruction": "Say it.", "input": None}) == llm.encode({"instruction": "Say it."})
 
 
 def test_a_conversation_is_rendered_and_answered():

@@ -17,7 +17,9 @@ from reference import (
     gelu,
     layer_norm,
     linear,
+    linear_cross_entropy,
     pieces,
+    token_logps,
 )
 
 
@@ -235,6 +237,13 @@ def test_a_part_of_a_batch_drops_what_the_whole_would_have():
 def test_cross_entropy_refuses_a_target_outside_the_vocabulary(wrong):
     with pytest.raises(ValueError, match=rf"targets: {wrong} is outside the vocabulary, expected 0 <= target < 5"):
         cross_entropy.forward(np.ones((3, 5)), np.array([0, wrong, -100]))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, token_logps, linear_cross_entropy])
+def test_losses_refuse_targets_of_another_shape(loss):
+    weights = (rng().normal(size=(7, 5)), None) if loss is linear_cross_entropy else ()
+    with pytest.raises(ValueError, match=r"targets: expected shape \(2, 5\), as \w+ ha\w+, got \(2, 4\)"):
+        loss.forward(np.ones((2, 5, 5)), *weights, np.zeros((2, 4), int))
 
 
 def test_all_targets_ignored_is_no_loss_and_no_gradient():

@@ -99,16 +99,44 @@ def test_some_positions_give_the_logits_of_those_positions():
     np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-13)
 
 
-def test_gradients_of_some_positions_are_those_of_no_gradient_elsewhere():
+@pytest.mark.parametrize(
+    "positions",
+    [
+        slice(-1, None),
+        slice(None, None, -1),
+        np.array([[4], [2]]),
+        np.array([[3, 3, -1], [0, 5, 0]]),
+        np.array([[*range(8, -1, -1)]] * 2),
+    ],
+    ids=["last", "reversed", "one each", "twice", "all of them reversed"],
+)
+def test_gradients_of_some_positions_are_those_of_no_gradient_elsewhere(positions):
     params, inputs = parity.parameters(CONFIG), tokens()
-    last, saved = model.forward(params, CONFIG, inputs, positions=slice(-1, None))
-    dlast = np.random.default_rng(1).normal(size=last.shape)
-    some = model.backward(dlast, saved)
+    chosen, saved = model.forward(params, CONFIG, inputs, positions=positions)
+    dchosen = np.random.default_rng(1).normal(size=chosen.shape)
+    some = model.backward(dchosen, saved)
     whole, saved = model.forward(params, CONFIG, inputs)
     dlogits = np.zeros_like(whole)
-    dlogits[:, -1:] = dlast
+    for row, of_row in enumerate(dchosen):
+        for place, d in zip(np.broadcast_to(np.arange(9)[positions], chosen.shape[:2])[row], of_row, strict=True):
+            dlogits[row, place] += d
     for name, gradient in model.backward(dlogits, saved).items():
         np.testing.assert_allclose(some[name], gradient, rtol=0, atol=1e-12 * np.abs(gradient).max() + 1e-15)
+
+
+def test_the_loss_of_an_adapted_head_and_its_gradients_are_those_of_its_logits():
+    config = CONFIG.replace(lora={"rank": 2, "alpha": 4.0, "targets": ("query", "head")})
+    params, batch = parity.parameters(config), parity.batch(config)
+    logits, saved = model.forward(params, config, batch.inputs)
+    loss, saved_loss = cross_entropy.forward(logits, batch.targets)
+    expected = model.backward(cross_entropy.backward(1.0, saved_loss), saved)
+    fused, saved = model.forward(params, config, batch.inputs, targets=batch.targets)
+    assert fused == loss
+    grads = model.backward(1.0, saved)
+    assert sorted(grads) == sorted(expected)
+    assert grads["head.lora_b"].any()
+    for name, gradient in grads.items():
+        np.testing.assert_array_equal(gradient, expected[name])
 
 
 @pytest.mark.parametrize("rate", DROPOUTS)

@@ -142,3 +142,8 @@ def test_clipping_never_enlarges():
     assert optim.clip_scale(0.0, 1.0) == 1
     assert optim.clip_scale(0.5, 1.0) == 1
     assert optim.clip_scale(4.0, 1.0) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_parameters_that_could_not_be_updated_in_place_are_refused():
+    with pytest.raises(ValueError, match=r"params: w is not contiguous"):
+        optim.AdamW({"b": np.ones(3), "w": np.asfortranarray(np.ones((3, 4)))})
