@@ -43,7 +43,10 @@ def twingrad(*arguments: str) -> int:
     handler = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
     mask = _mask_ctrl_c(hold=True)
     try:
-        status = subprocess.run([sys.executable, "-m", "gpt", *arguments]).returncode
+        process = subprocess.Popen([sys.executable, "-m", "gpt", *arguments])
+        if seen or _ctrl_c_waits():
+            process.send_signal(signal.SIGINT)  # it came before there was a process; two that are held back are one
+        status = process.wait()
     finally:
         _mask_ctrl_c(hold=signal.SIGINT in mask)
         signal.signal(signal.SIGINT, handler)
@@ -52,6 +55,10 @@ def twingrad(*arguments: str) -> int:
     if seen and status != INTERRUPTED:
         raise KeyboardInterrupt  # it came when there was nothing left to interrupt in the command
     return status
+
+
+def _ctrl_c_waits() -> bool:
+    return hasattr(signal, "sigpending") and signal.SIGINT in signal.sigpending()
 
 
 def heed_ctrl_c() -> None:

@@ -54,6 +54,25 @@ def test_ctrl_c_ends_all_and_is_said_once(tmp_path):
     assert "Traceback" not in printed
 
 
+EARLY = """
+import os, signal, subprocess
+from gpt.processes import twingrad
+
+class Late(subprocess.Popen):
+    def __init__(self, *arguments, **settings):
+        os.kill(os.getpid(), signal.SIGINT)
+        super().__init__(*arguments, **settings)
+
+subprocess.Popen = Late
+raise SystemExit(twingrad("check"))
+"""
+
+
+def test_ctrl_c_before_the_command_is_there_reaches_it():
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_what_ctrl_c_ends_is_left_the_time_to_write_what_it_has(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 200)
     words = ["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--engine", "numpy"]
