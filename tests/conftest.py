@@ -15,6 +15,7 @@ settings.load_profile("untimed")
 
 # Kernels run on the CPU, in the interpreter: Triton asks when it is imported, after this.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.pop("TWINGRAD_TRACEBACK", None)  # a developer's: what is tested is the one line
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests stop with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

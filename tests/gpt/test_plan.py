@@ -86,6 +86,12 @@ CASES = {
 each_case = pytest.mark.parametrize("name", CASES)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """As the cases are planned, but where a test says otherwise."""
+    monkeypatch.setattr(parts, "threads", lambda: 1)
+
+
 def assert_within(planned, measured, within=WITHIN):
     assert abs(planned / measured - 1) <= within, f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f}"
 
@@ -385,7 +391,7 @@ def test_a_process_takes_what_was_planned(engine, apart, allocator):
     """As the system sees it: of NumPy with the holes between arrays, of PyTorch where what is freed goes at once."""
     if engine == "torch":
         pytest.importorskip("torch")
-    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"} | allocator
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2", **allocator}
     command = [sys.executable, "-c", TRAINS, engine, str(apart)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

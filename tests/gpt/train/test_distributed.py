@@ -212,7 +212,7 @@ def test_one_process_that_was_killed_goes_on_where_torchrun_starts_it_anew(tmp_p
     process = torchrun(1, WORKER, "train", str(tmp_path), *words, restarts=1)
     until(process, r"Step 000004\)")
     os.kill(int((tmp_path / "0.pid").read_text()), signal.SIGKILL)
-    until(process, r"Goes on after step (3|6) of 100000")
+    until(process, r"Goes on after step [1-9]\d* of 100000")
     until(process, r"Train loss")
     process.send_signal(signal.SIGINT)
     assert "Stopped by Ctrl-C after" in process.communicate()[0]
@@ -229,7 +229,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
     process = torchrun(2, WORKER, "train", str(tmp_path), *endless, "--parallel", "fsdp", restarts=1)
     printed = until(process, r"Step 000004\)")
     os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
-    printed += until(process, r"Goes on after step (3|6) of 100000") + until(process, r"Train loss")
+    printed += until(process, r"Goes on after step [1-9]\d* of 100000") + until(process, r"Train loss")
     os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
     printed += process.communicate()[0]
     assert process.returncode != 0
