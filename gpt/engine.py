@@ -298,6 +298,8 @@ def create_engine(
         raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision != "full" and dtype == "float64":
+        raise UserError(f"precision: {precision} is for float32; with --dtype float64 expected full")
     if name == "auto":
         name = "torch" if is_installed("torch") else "numpy"
     optimizer = optimizer or OptimizerConfig()

@@ -122,6 +122,8 @@ def setup_of(config: PlanConfig) -> Setup:
     processes = config.gpus or config.processes
     if engine == "numpy" and (processes > 1 or config.precision != "full"):
         raise UserError("engine: numpy trains in one process, in its dtype; choose --engine torch")
+    if config.dtype == "float64" and config.precision != "full":
+        raise UserError(f"precision: {config.precision} is for float32; with --dtype float64 expected full")
     if config.parallel == "fsdp" and config.precision == "float16" and processes > 1:
         raise UserError("precision: float16 scales gradients that fsdp has in parts; choose bfloat16, or ddp")
     trained_names(model, config.trained)

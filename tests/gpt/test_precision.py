@@ -149,6 +149,8 @@ def test_a_run_that_was_compiled_saves_names_as_always(tmp_path, monkeypatch):
         ("numpy", {"precision": "bfloat16"}, "precision, compile: the numpy engine"),
         ("numpy", {"compile": True}, "precision, compile: the numpy engine"),
         ("torch", {"precision": "half"}, "precision: 'half' is not one of full, tf32, bfloat16, float16"),
+        ("torch", {"precision": "bfloat16", "dtype": "float64"}, "precision: bfloat16 is for float32; with --dtype"),
+        ("torch", {"precision": "tf32", "dtype": "float64"}, "precision: tf32 is for float32; with --dtype float64"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(name, settings, message):
