@@ -5,6 +5,9 @@ A run's folder holds at most two checkpoints, named after their step:
     last-00000120/  model.safetensors  optimizer.safetensors  trainer.json      all that a resumed run needs
     best-00000080/  model.safetensors                         trainer.json      lowest validation loss so far
 
+A run that was killed after its last checkpoint may leave a best one of a later step. It stays the best, with its loss,
+until a lower one comes.
+
 ``model.safetensors`` stands alone: its header carries the model's config and the tokenizer.
 
 A checkpoint is written into a hidden folder, flushed to the disk, and given its name by one rename, which the file
@@ -15,6 +18,7 @@ whole, whenever the process was killed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +31,7 @@ import numpy as np
 
 from gpt.engine import optimizer_shapes
 from gpt.errors import UserError
+from gpt.options import read_json_object
 from gpt.weights.native import (
     FORMAT,
     SavedModel,
@@ -42,6 +47,7 @@ from reference.config import GPTConfig
 
 __all__ = [
     "Checkpoint",
+    "best_loss",
     "clean",
     "find_checkpoint",
     "load_checkpoint",
@@ -80,7 +86,7 @@ def save_checkpoint(
     """
     run_dir = Path(run_dir)
     path = run_dir / f"{kind}-{state['step']:08d}"
-    if path.exists():  # a run that was resumed here and stopped at once: same step, same state
+    if path.exists() and kind == "last":  # a run that was resumed here and stopped at once: same step, same state
         return path
     part = run_dir / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -91,6 +97,8 @@ def save_checkpoint(
             flush(part / OPTIMIZER)
         _write_text(part / TRAINER, json.dumps({"format": FORMAT, **state}, default=plain_number))
         flush(part)
+        if path.exists():  # a killed run's, which came to this step before it was resumed at an earlier one
+            _discard(path)
         part.rename(path)
         flush(run_dir)
     except OSError as error:
@@ -98,6 +106,9 @@ def save_checkpoint(
         before = find_checkpoint(run_dir, kind)
         kept = f"; the one before it is intact: {before}" if before else ""
         raise UserError(f"{path}: checkpoint could not be written: {_reason(error)}{kept}") from None
+    for other in _checkpoints(run_dir, kind):
+        if other != path:  # of a later step too: a killed run's, as above
+            _discard(other)
     clean(run_dir)
     return path
 
@@ -131,18 +142,29 @@ def find_checkpoint(run_dir: str | Path, kind: Kind) -> Path | None:
     return found[-1] if found else None
 
 
+def best_loss(run_dir: str | Path) -> float:
+    """The validation loss of the run's best checkpoint; inf where there is none."""
+    found = find_checkpoint(run_dir, "best")
+    loss = read_json_object(found / TRAINER).get("best_loss") if found else None
+    return math.inf if loss is None else float(loss)
+
+
 def clean(run_dir: str | Path) -> None:
     """Remove what a killed process left half-written, and all but the newest checkpoint of each kind."""
     run_dir = Path(run_dir)
     for kind in ("last", "best"):
         for path in _checkpoints(run_dir, kind)[:-1]:
-            # Half-removed, it must not look like a checkpoint.
-            path.rename(run_dir / f".{path.name}.{os.getpid()}.tmp")
+            _discard(path)
     for path in run_dir.glob(".*.tmp"):
-        if re.fullmatch(r"\.(last|best)-\d+\.\d+\.tmp", path.name):
+        if re.fullmatch(r"\.(last|best)-\d+\.(\d+|old)\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # atomic_write's
             path.unlink(missing_ok=True)
+
+
+def _discard(path: Path) -> None:
+    """For `clean` to remove: half-removed, it must not look like a checkpoint."""
+    path.rename(path.with_name(f".{path.name}.old.tmp"))
 
 
 def _checkpoints(run_dir: Path, kind: str) -> list[Path]:

@@ -72,7 +72,7 @@ FREE = (
     "engine", "precision", "compile", "checkpoint_activations", "parallel", "timeout", "out", "log_to", "resume",
     "prompt", "sample_tokens", "responses", "max_new_tokens", "keep_tokens", "optimizer", "train",
 )  # fmt: skip
-FIXED = ("train.seed", "train.first_eval", "optimizer.trained")
+FIXED = ("train.seed", "train.first_eval", "train.accumulation", "optimizer.trained")
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,8 @@ class Trainer:
             self.tokens, self.examples = state["tokens"], state.get("examples", 0)
             self.loss, self.train_loss, self.val_loss = (_number(state[n]) for n in ("loss", "train_loss", "val_loss"))
             self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+            if self.run_dir:  # a killed run may have got further, and kept its best
+                self.best_loss = min(self.best_loss, checkpoint.best_loss(self.run_dir))
             self._go_to(state)
         except (KeyError, TypeError) as error:
             raise UserError(f"{found.path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
@@ -259,7 +261,7 @@ class Trainer:
             world.first(lambda: save_model(path, params, self.engine.config, self.tokenizer, self.task))
 
     def _after_step(self, row: Row, log: Log | None) -> None:
-        """Evaluation, the log, a sample, a checkpoint: in this order, so that it holds all that the step changed."""
+        """Evaluation, the log, a checkpoint, which holds all that the step changed, a sample."""
         config = self.config
         epoch_over = self.step % self.steps_per_epoch == 0
         if epoch_over:
@@ -275,10 +277,10 @@ class Trainer:
             self.tracker.log(row)
         self.progress.step(row)
         self._snapshot()
-        if self.sample and _due(config.sample_every, self.step, epoch_over) and (text := self.sample(self.engine)):
-            self.progress.line(text)
         if _due(config.save_every, self.step, epoch_over):
             self._save()
+        if self.sample and _due(config.sample_every, self.step, epoch_over) and (text := self.sample(self.engine)):
+            self.progress.line(text)
 
     def _evaluate(self, row: Row) -> None:
         self.train_loss = row.train_loss = self._measured("train", self.train_loader, row)

@@ -1,6 +1,8 @@
 """A run that was interrupted and resumed equals the one that was not, bit for bit; a killed one loses no checkpoint."""
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.engine import OWN
+from gpt.engine import OWN, OptimizerConfig
 from gpt.errors import UserError
 from gpt.train.checkpoint import find_checkpoint, load_checkpoint
 from gpt.train.log import read_log
@@ -195,6 +197,36 @@ def test_a_longer_run_goes_on_from_a_shorter_one(make_trainer, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("loss", [9.0, 0.0])
+def test_the_best_of_a_run_that_was_killed_further_on_stays_until_a_lower_loss(make_trainer, tmp_path, loss):
+    make_trainer(epochs=1).run()
+    found = find_checkpoint(tmp_path / "run", "best")
+    state = json.loads((found / "trainer.json").read_text())
+    (found / "trainer.json").write_text(json.dumps({**state, "val_loss": loss, "best_loss": loss}))
+    found.rename(tmp_path / "run" / "best-00000020")
+    last = find_checkpoint(tmp_path / "run", "last") / "trainer.json"
+    last.write_text(json.dumps({**json.loads(last.read_text()), "best_loss": 10.0}))
+    trainer = make_trainer(epochs=2, eval_every=4)
+    trainer.resume()
+    assert trainer.best_loss == loss
+    trainer.run()
+    (best,) = (tmp_path / "run").glob("best-*")
+    state = json.loads((best / "trainer.json").read_text())
+    assert state["val_loss"] == trainer.best_loss
+    assert (trainer.best_loss < loss) == (loss == 9.0)
+
+
+def test_the_best_of_the_same_step_is_replaced(make_trainer, tmp_path):
+    make_trainer(epochs=1, eval_every=4).run()
+    before = find_checkpoint(tmp_path / "run", "best") / "model.safetensors"
+    content = before.read_bytes()
+    shutil.rmtree(find_checkpoint(tmp_path / "run", "last"))
+    other = make_trainer(epochs=1, eval_every=4, optimizer=OptimizerConfig(lr=2e-2))
+    other.run()
+    assert find_checkpoint(tmp_path / "run", "best") == before.parent
+    assert before.read_bytes() != content
+
+
 def test_another_model_is_refused(make_trainer, tmp_path):
     make_trainer(epochs=1).run()
     with pytest.raises(UserError, match=r"last-00000012: its model differs: .*emb_dim 12, not 24"):
@@ -254,14 +286,14 @@ def test_sigkill_never_loses_the_last_checkpoint(tmp_path, kills):
     for _ in range(kills):
         process = start(tmp_path / "parts", steps)
         assert process.stdout.readline() == "begins\n"
+        while find_checkpoint(tmp_path / "parts", "last") is None and process.poll() is None:
+            time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.wait()
-        if find_checkpoint(tmp_path / "parts", "last") is not None or reached:
-            step = load_checkpoint(tmp_path / "parts").state["step"]
-            assert step >= reached
-            reached = step
-    assert reached > 0
+        step = load_checkpoint(tmp_path / "parts").state["step"]
+        assert step >= max(1, reached)
+        reached = step
     for run_dir in ("parts", "whole"):
         process = start(tmp_path / run_dir, steps)
         process.communicate()
