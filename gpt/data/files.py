@@ -1,4 +1,4 @@
-"""Writing a file so that a kill at any instant leaves either the old one or the new one, whole."""
+"""Writing a file so that a kill at any instant leaves either the old one or the new one, whole; and by one alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import BinaryIO
 
 from gpt.errors import UserError
 
-__all__ = ["atomic_write", "replace"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["atomic_write", "locked", "replace"]
 
 
 @contextlib.contextmanager
@@ -46,3 +51,24 @@ def replace(source: Path, target: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def locked(folder: Path, taken: str) -> int:
+    """A descriptor of the folder, made where it is missing, which keeps out others that ask for it until it is closed.
+
+    UserError where it cannot be written, and, saying `taken`, where another has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(taken) from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt.data.documents import digest, find_files, has_lines
-from gpt.data.files import replace
+from gpt.data.files import locked, replace
 from gpt.data.parts import Part, Ranges, part_names, plan
 from gpt.data.permutation import permutation
 from gpt.data.progress import Progress
@@ -27,11 +27,6 @@ from gpt.data.tokenfile import Source, TokenFile, open_tokens, token_dtype, writ
 from gpt.data.workers import make_parts
 from gpt.errors import UserError
 from gpt.tokenizers import Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["prepare"]
 
@@ -68,7 +63,7 @@ def prepare(
     _check_separable(files, tokenizer)
     parts = plan(files)
     paths = [folder / name for name in part_names(parts, tokenizer, field)]
-    lock = _locked(folder, target)
+    lock = locked(folder, f"{target}: another preparation is writing it; wait for that, or choose another --out")
     try:
         _make(parts, paths, tokenizer, field, processes, progress)
         opened = [Part(path, dtype) for path in paths]
@@ -182,26 +177,6 @@ def _tokens(parts: Sequence[Part], offsets: Sequence[int], begin: int, stop: int
         until = min(stop, offsets[i + 1])
         yield from parts[i].tokens(begin - offsets[i], until - offsets[i])
         begin, i = until, i + 1
-
-
-def _locked(folder: Path, target: Path) -> int:
-    """A descriptor of the folder, by which others that would write the same file are kept out until it is closed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
-    try:
-        if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"{target}: another preparation is writing it; wait for that, or choose another --out"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
 
 
 def _tidy(folder: Path) -> None:

@@ -29,7 +29,7 @@ from gpt.data import (
     split_tokens,
 )
 from gpt.data.encoded import encode_split
-from gpt.data.files import atomic_write
+from gpt.data.files import atomic_write, locked
 from gpt.data.tokenfile import MAGIC, fingerprint
 from gpt.data.workers import cores
 from gpt.engine import STREAM_AGAIN, Engine, create_engine
@@ -133,6 +133,26 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
 
     `config`: a ModelConfig with `train`. `data`: what it learns from, in words.
     """
+    lock = world.first(lambda: _own_folder(config))
+    try:
+        return _carry_out(config, trainer, data)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _own_folder(config: Any) -> int:
+    """What `locked` gives: from here on no other run writes there. One may have come since the folder was looked at."""
+    lock = locked(Path(config.out), f"out: another run is writing {config.out}; wait for it, or give another folder")
+    try:
+        check_folder(config)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _carry_out(config: Any, trainer: Trainer, data: str) -> Result:
     out, progress = Path(config.out), trainer.progress
     progress.line(_describe(config, trainer, data))
     if config.resume and checkpoint.find_checkpoint(out, "last"):

@@ -12,6 +12,8 @@ random stream), so a resumed run repeats the uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import signal
 import threading
@@ -141,7 +143,7 @@ class Trainer:
         self._began = 0.0  # on the clock of time.perf_counter, as if the run had never stopped
 
     def run(self) -> Result:
-        """Train until the last step, or until Ctrl-C or SIGTERM; then save and return.
+        """Train until the last step, or until Ctrl-C, SIGTERM, or the terminal is closed; then save and return.
 
         Raises NonFiniteError naming step, tensor and the last good checkpoint, UserError for a full disk, and
         world.LostContactError where another process is gone.
@@ -155,10 +157,11 @@ class Trainer:
                 while self.step < self.total_steps and not interrupt.noticed():
                     row = self._step(interrupt)
                     if row is not None:
-                        self._after_step(row, log)
+                        self._after_step(row, log, interrupt)
                 self._save()
                 if interrupt.noticed():
-                    self._tell_how_to_go_on(interrupt.seen)
+                    with interrupt.shown():
+                        self._tell_how_to_go_on(interrupt.seen)
         finally:
             self.progress.close()
             if log:
@@ -260,7 +263,7 @@ class Trainer:
             params = self.engine.parameters()
             world.first(lambda: save_model(path, params, self.engine.config, self.tokenizer, self.task))
 
-    def _after_step(self, row: Row, log: Log | None) -> None:
+    def _after_step(self, row: Row, log: Log | None, interrupt: _Interrupt) -> None:
         """Evaluation, the log, a checkpoint, which holds all that the step changed, a sample."""
         config = self.config
         epoch_over = self.step % self.steps_per_epoch == 0
@@ -275,12 +278,14 @@ class Trainer:
             log.write(row)
         if self.tracker:
             self.tracker.log(row)
-        self.progress.step(row)
+        with interrupt.shown():
+            self.progress.step(row)
         self._snapshot()
         if _due(config.save_every, self.step, epoch_over):
             self._save()
         if self.sample and _due(config.sample_every, self.step, epoch_over) and (text := self.sample(self.engine)):
-            self.progress.line(text)
+            with interrupt.shown():
+                self.progress.line(text)
 
     def _evaluate(self, row: Row) -> None:
         self.train_loss = row.train_loss = self._measured("train", self.train_loader, row)
@@ -347,8 +352,12 @@ class Trainer:
         return Result(self.step, self.tokens, self.loss, self.train_loss, self.val_loss, best, interrupted)
 
 
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows lacks
+
+
 class _Interrupt:
-    """Within it, the first SIGINT or SIGTERM only leaves its name in `seen`; a second SIGINT raises KeyboardInterrupt.
+    """Within it, the first SIGINT, SIGTERM or SIGHUP only leaves its name in `seen`; a second SIGINT raises
+    KeyboardInterrupt. SIGHUP, of a terminal that is closed, stays ignored where it was (nohup).
 
     Signals reach the main thread alone, so in any other thread this does nothing.
     """
@@ -360,7 +369,10 @@ class _Interrupt:
 
     def __enter__(self) -> _Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(HANGUP) != signal.SIG_IGN:
+                numbers.append(HANGUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -373,6 +385,16 @@ class _Interrupt:
         if number:
             self.seen = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         return bool(number)
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Around what is shown: where terminal or reader has gone, that stops the run as a signal does."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._number = self._number or HANGUP
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._number = number

@@ -16,6 +16,7 @@ import pytest
 import gpt
 from gpt import cli
 from gpt.data import open_tokens
+from gpt.data.files import locked
 from gpt.errors import UserError
 from gpt.options import Parser, from_dict, parse_config, read_json, read_json_object, read_yaml, to_dict
 from gpt.train.checkpoint import find_checkpoint
@@ -441,6 +442,31 @@ def test_train_writes_a_run_that_generate_continues(text, tmp_path, capsys):
     flags = ["--model", out, "--prompt", "abc", "--engine", "numpy", "--max_new_tokens", "3"]
     assert cli.main(["generate", *flags]) == 0
     assert capsys.readouterr().out.startswith("abc")
+
+
+def test_train_whose_reader_has_gone_is_saved(text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "gpt", "train", *TINY, "--data", text, "--out", str(out), "--steps", "1000000"]
+    command += ["--eval_every", "1", "--save_every", "0"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3):
+        running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(timeout=60) == 141
+    assert not running.stderr.read()
+    assert find_checkpoint(out, "last")
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    lock = locked(out, "")
+    try:
+        assert train("--data", text, "--out", str(out), "--steps", "2") == 2
+    finally:
+        os.close(lock)
+    assert "error: out: another run is writing" in capsys.readouterr().err
+    assert not list(out.iterdir())
+    assert train("--data", text, "--out", str(out), "--steps", "2") == 0
 
 
 def test_train_stopped_by_ctrl_c_exits_130_and_can_be_resumed(text, tmp_path):

@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed equals the one that was not, bit for bit; a killed one loses no checkpoint."""
 
+import errno
 import json
 import random
 import shutil
@@ -62,7 +63,7 @@ def assert_same_run(one: Path, other: Path, **tolerance) -> None:
 
 
 @pytest.mark.parametrize("source", ["philox", "torch"])
-@pytest.mark.parametrize("stop, number", [(6, signal.SIGINT), (11, signal.SIGTERM), (12, signal.SIGINT)])
+@pytest.mark.parametrize("stop, number", [(6, signal.SIGINT), (11, signal.SIGTERM), (12, signal.SIGHUP)])
 def test_resumed_equals_uninterrupted(make_trainer, tmp_path, engine, source, stop, number):
     """Stopped in the middle of an epoch, at its end, and after the first step of the next."""
     settings = {"engine": engine, "epochs": 2, "dropout_source": source, "first_eval": "zero", "warmup_steps": 4}
@@ -72,7 +73,7 @@ def test_resumed_equals_uninterrupted(make_trainer, tmp_path, engine, source, st
     result = make_trainer(progress=heard, **parts).run()
     assert result.interrupted
     assert result.step == stop + 1
-    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     assert heard.lines[-1].startswith(f"Stopped by {name} after {stop + 1} of 24 steps; saved in {tmp_path / 'parts'}")
     trainer = make_trainer(**parts)
     trainer.resume()
@@ -162,9 +163,32 @@ def test_float16_goes_on_from_a_checkpoint_without_a_scale(make_trainer, tmp_pat
 
 
 def test_signals_are_given_back(make_trainer):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     make_trainer(epochs=1, progress=InterruptAfter(2)).run()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_closed_terminal_is_ignored_where_it_was_before(make_trainer, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        assert not make_trainer(epochs=1, progress=InterruptAfter(2, signal.SIGHUP)).run().interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("gone", [errno.EPIPE, errno.EIO], ids=["reader", "terminal"])
+def test_a_run_that_nobody_hears_any_more_stops_and_is_saved(make_trainer, tmp_path, gone):
+    class Gone(Progress):
+        def step(self, row):
+            if row.step >= 3:
+                raise OSError(gone, "gone")
+
+        def line(self, text):
+            raise OSError(gone, "gone")
+
+    result = make_trainer(epochs=1, save_every=0, progress=Gone()).run()
+    assert (result.interrupted, result.step) == (True, 4)
+    assert load_checkpoint(tmp_path / "run").state["step"] == 4
 
 
 def test_a_second_ctrl_c_stops_at_once(make_trainer):
