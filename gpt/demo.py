@@ -36,6 +36,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"steps: expected at least 1, got {self.steps}")
+        if not self.prompt:
+            raise UserError("prompt: expected a text to begin with, got none")
 
 
 def main(argv: list[str]) -> int:
@@ -63,11 +65,13 @@ def main(argv: list[str]) -> int:
     _compare(out, config.steps)
     for engine in ENGINES:
         print(f"\nWritten by the {engine} engine:", flush=True)
-        status = status or twingrad(
+        status = twingrad(
             *("generate", "--engine", engine, "--model", str(out / engine), "--prompt", config.prompt),
             *("--max_new_tokens", "200", "--temperature", "0.7", "--top_k", "40", "--seed", "1"),
         )
-    return status
+        if status:
+            return status
+    return 0
 
 
 def _compare(out: Path, steps: int) -> None:

@@ -101,6 +101,10 @@ class TrainConfig:
         _require(self.eval_batches is None or self.eval_batches >= 1, "eval_batches", self.eval_batches, "at least 1")
         _require(self.min_lr is None or self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
         _require(self.max_norm is None or self.max_norm > 0, "max_norm", self.max_norm, "more than 0")
+        _require(self.seed < 2**64, "seed", self.seed, "less than 2**64")
+        cosine, warm = self.schedule == "cosine", self.warmup_steps > 0
+        _require(self.min_lr is None or cosine, "min_lr", self.min_lr, "none, where the schedule is constant")
+        _require(self.initial_lr == 0 or warm, "initial_lr", self.initial_lr, "0, where there are no warmup_steps")
         for name, choices in (
             ("dropout_source", ("philox", "torch")),
             ("schedule", ("constant", "cosine")),

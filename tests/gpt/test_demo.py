@@ -45,6 +45,11 @@ def test_a_text_that_is_not_there_is_said_before_anything_is_checked(tmp_path, c
     assert not out.exists()
 
 
+def test_a_prompt_without_a_text_is_refused_before_anything_is_checked(capsys):
+    assert cli.main(["demo", "--prompt", ""]) == 2
+    assert capsys.readouterr() == ("", "error: prompt: expected a text to begin with, got none\n")
+
+
 def test_ctrl_c_ends_all_and_is_said_once(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 200)
     process = started("-m", "gpt", "demo", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "demo"))

@@ -352,7 +352,7 @@ def test_a_folder_that_cannot_be_made_is_named(instructions, base, refused, tmp_
     (tmp_path / "file").write_text("")
     flags = ("--data", instructions, "--weights", base, "--style", "plain", "--engine", "numpy", "--steps", "1")
     line = refused(*TRAIN, *flags, "--out", tmp_path / "file" / "run")
-    assert re.search(r"^cannot write .*config\.yaml: Not a directory$", line), line
+    assert re.search(r"^cannot write .*run: Not a directory$", line), line
     assert (tmp_path / "file").read_text() == ""
 
 

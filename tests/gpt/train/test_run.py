@@ -260,6 +260,8 @@ def test_a_file_where_the_run_s_folder_should_be_is_left_alone(config, tmp_path)
         (TrainConfig, "max_norm", 0, "more than 0"),
         (TrainConfig, "eval_batches", 0, "at least 1"),
         (TrainConfig, "min_lr", -1e-4, "at least 0"),
+        (TrainConfig, "initial_lr", 1e-4, "0, where there are no warmup_steps"),
+        (TrainConfig, "seed", 2**64, r"less than 2\*\*64"),
         (TrainConfig, "schedule", "linear", "constant or cosine"),
         (TrainConfig, "first_eval", "two", "zero or one"),
         (LoaderConfig, "batch_size", 0, "at least 1"),
@@ -276,6 +278,8 @@ def test_impossible_options_are_named(group, option, value, expected):
         group(**{option: value})
     with pytest.raises(UserError, match="epochs or steps, not both"):
         TrainConfig(epochs=1, steps=1)
+    with pytest.raises(UserError, match="min_lr: expected none, where the schedule is constant, got 0.001"):
+        TrainConfig(schedule="constant", min_lr=1e-3)
 
 
 def data_folder() -> Path:
