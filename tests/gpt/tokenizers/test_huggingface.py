@@ -204,6 +204,49 @@ def test_a_folder_is_read_as_what_it_holds(theirs, ours, tmp_path):
         spec("llama3", tokenizer_config__json=json.dumps({"eos_token": "x"}))
 
 
+CHAT = "<|im_start|>user\nthe best<|im_end|>\n<|endoftext|>"
+
+
+@pytest.fixture
+def chat(theirs, tmp_path):
+    """GPT-2's two files, and beside them tokens that were added and a token of theirs that ends a text."""
+    transformers = pytest.importorskip("transformers")
+    theirs["gpt2"].model.save(str(tmp_path))
+    (tmp_path / "vocab.json").write_text(json.dumps(theirs["gpt2"].get_vocab()))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 300, "<|im_end|>": 301}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"})
+    )
+    return tmp_path, transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_added_tokens_and_the_end_of_a_text_are_read_from_old_and_new_files(chat):
+    folder, peer = chat
+    peer.save_pretrained(folder / "new")
+    for place in (folder, folder / "new"):
+        ours = tokenizers.from_spec(tokenizers.huggingface_spec(place))
+        assert (ours.name, ours.n_vocab, ours.eot) == ("bpe", len(peer), peer.eos_token_id)
+        assert tokenizers.encode_special(ours, CHAT) == peer.encode(CHAT)
+        assert tokenizers.from_spec(json.loads(json.dumps(ours.spec()))).eot == ours.eot
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "new" / name).write_bytes((folder / name).read_bytes())
+    assert tokenizers.huggingface_spec(folder / "new") == ours.spec()
+
+
+def test_what_is_written_of_several_special_tokens_is_read_by_transformers_and_here(chat):
+    folder, peer = chat
+    ours = tokenizers.from_spec(tokenizers.huggingface_spec(folder))
+    for tokenizer in (ours, BPETokenizer(ours.tokens, {})):
+        place = folder / f"out{tokenizer.eot}"
+        place.mkdir()
+        for name, text in tokenizers.huggingface_files(tokenizer.spec(), 8).items():
+            (place / name).write_text(text, encoding="utf-8")
+        again = type(peer).from_pretrained(place)
+        assert (len(again), again.eos_token_id) == (tokenizer.n_vocab, tokenizer.eot)
+        assert again.encode(CHAT) == tokenizers.encode_special(tokenizer, CHAT)
+        assert tokenizers.huggingface_spec(place) == tokenizer.spec()
+
+
 def test_a_file_of_ours_is_read(ours, tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(ours["gpt2"].spec()))
