@@ -129,7 +129,7 @@ def huggingface_spec(folder: Path) -> dict[str, Any] | None:
             tokens = read_json_object(folder / vocabulary) | (read_json_object(added) if added.exists() else {})
             return _spec(folder / vocabulary, tokens, pairs)
     path = folder / "tokenizer.model"
-    return SentencePieceTokenizer.from_file(path).spec() if path.exists() else None
+    return SentencePieceTokenizer.from_file(path, _begins(folder)).spec() if path.exists() else None
 
 
 def huggingface_json(path: Path) -> dict[str, Any]:
@@ -164,6 +164,13 @@ def _is_plain(settings: Mapping[str, Any]) -> bool:
         and not splitter.get("add_prefix_space", True)
         and splitter.get("use_regex", True) is True
     )
+
+
+def _begins(folder: Path) -> bool:
+    """Whether a tokenizer.model's texts begin with its <s>, as transformers has it: Llama's do unless they say not."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path) if path.exists() else {}
+    return bool(settings.get("add_bos_token", "Llama" in str(settings.get("tokenizer_class", "Llama"))))
 
 
 def _end(folder: Path) -> str | None:
@@ -202,7 +209,12 @@ def _spec(path: Path, vocabulary: Mapping[str, Any], merges: Sequence[str]) -> d
         tokenizer = BPETokenizer(tokens, special, end if end in special else END_OF_TEXT)
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    return {"name": "gpt2"} if is_gpt2(tokenizer.tokens, tokenizer.special) else tokenizer.spec()
+    if not is_gpt2(tokenizer.tokens, tokenizer.special):
+        return tokenizer.spec()
+    try:
+        return GPT2Tokenizer().spec()
+    except UserError:  # without network and cache; the folder has all that is needed
+        return tokenizer.spec()
 
 
 def huggingface_files(spec: Mapping[str, Any], context_length: int) -> dict[str, str]:
@@ -216,7 +228,7 @@ def huggingface_files(spec: Mapping[str, Any], context_length: int) -> dict[str,
     if spec.get("name") not in ("gpt2", BPETokenizer.name):
         return {}
     tokenizer = from_spec(spec)
-    special = tokenizer.special if isinstance(tokenizer, BPETokenizer) else {END_OF_TEXT: GPT2Tokenizer.eot}
+    special = tokenizer.special if isinstance(tokenizer, BPETokenizer) else {END_OF_TEXT: tokenizer.n_vocab - 1}
     names = {id: name for name, id in special.items()}
     characters = _characters()
     plain = {id: tokenizer.decode_bytes([id]) for id in range(tokenizer.n_vocab) if id not in names}
