@@ -21,7 +21,7 @@ from gpt.weights.native import SavedModel, flush
 from gpt.weights.tensors import Stored, read_pickle, read_safetensors, read_sharded, write_safetensors
 from reference.config import GPTConfig
 
-__all__ = ["read_folder", "read_tensors", "save_folder"]
+__all__ = ["read_folder", "read_tensors", "read_tokenizer", "save_folder"]
 
 CONFIG, INDEX = "config.json", ".index.json"
 HEAD = "lm_head.weight"
@@ -44,7 +44,7 @@ def read_folder(folder: Path) -> SavedModel:
     if config.tie_embeddings:
         theirs = _without_copy(family.format, config, theirs, file)
     params = to_ours(family.format, config, theirs, str(file))
-    return SavedModel(params, config, _tokenizer(folder, config))
+    return SavedModel(params, config, read_tokenizer(folder, config))
 
 
 def _without_copy(format: Format, config: GPTConfig, theirs: dict[str, Stored], file: Path) -> dict[str, Stored]:
@@ -103,6 +103,9 @@ def save_folder(folder: str | Path, model: SavedModel, shard_size: int = SHARD_S
         config = config.replace(qkv_bias=True, bias=True)
     try:
         settings = {"architectures": [family.architecture], **family.settings(config)}
+        if model.tokenizer:
+            tokenizer = tokenizers.from_spec(model.tokenizer)
+            settings |= {"bos_token_id": next(iter(tokenizer.begin), tokenizer.eot), "eos_token_id": tokenizer.eot}
     except ValueError as error:
         raise UserError(str(error)) from None
     theirs = from_ours(family.format, config, _with_biases(params, config))
@@ -160,7 +163,7 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_size: int, met
     _write_json(folder / f"model.safetensors{INDEX}", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _tokenizer(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
+def read_tokenizer(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
     """The tokenizer that a folder carries; GPT-2's where there is none and the vocabulary has its size."""
     if (folder / TOKENIZER).exists():
         return read_json_object(folder / TOKENIZER).get("tokenizer")

@@ -9,7 +9,7 @@ import pytest
 from gpt.cli import main
 from gpt.engine import Batch, create_engine
 from gpt.errors import UserError
-from gpt.tokenizers import ByteTokenizer
+from gpt.tokenizers import BPETokenizer, ByteTokenizer, huggingface_files
 from gpt.weights.huggingface import save_folder
 from gpt.weights.load import load, tensors
 from gpt.weights.native import SavedModel, save_model
@@ -17,7 +17,7 @@ from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
 from reference.lora import TARGETS, LoRA
 from reference.torch_rng import Generator
-from tests.gpt.weights.conftest import CONFIG, make_peer
+from tests.gpt.weights.conftest import CONFIG, HPARAMS, make_peer, save_with_tensorflow
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -174,6 +174,16 @@ def test_openai_s_checkpoint_is_read_bit_for_bit_and_has_transformers_logits(ope
     assert out.splitlines()[-1] == f"28 tensors, {CONFIG.n_parameters:,} numbers"
 
 
+def test_the_tokenizer_in_openai_s_folder_is_read(tmp_path):
+    tokenizer = BPETokenizer({bytes((value,)): value for value in range(256)} | {b"ab": 256}, {"<|endoftext|>": 257})
+    save_with_tensorflow(tmp_path, hparams={**HPARAMS, "n_vocab": 258})
+    assert load(tmp_path).tokenizer is None
+    files = huggingface_files(tokenizer.spec(), 23)
+    (tmp_path / "encoder.json").write_text(files["vocab.json"], encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text(files["merges.txt"], encoding="utf-8")
+    assert load(tmp_path).tokenizer == tokenizer.spec()
+
+
 def test_the_four_sizes_of_openai_are_the_presets():
     from gpt.weights.openai import _config
 
@@ -232,6 +242,19 @@ def test_adapters_are_merged_into_what_is_written(tmp_path, targets):
     assert main(["weights", "convert", str(tmp_path / "m.safetensors"), str(tmp_path / "out")]) == 0
     peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     assert_same_logits(SavedModel(params, config, None), peer)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("special", [{"<|endoftext|>": 256}, {}])
+def test_what_ends_a_text_is_the_tokenizer_s_not_the_last_of_a_padded_vocabulary(tmp_path, position, special):
+    config = CONFIG.replace(vocab_size=300, n_outputs=300)
+    if position == "rope":
+        config = config.replace(position=position, norm="rms_norm", mlp="swiglu")
+    tokenizer = BPETokenizer({bytes((value,)): value for value in range(256)}, special)
+    save_folder(tmp_path / "out", SavedModel(initialize(config, Generator(1), "gpt2"), config, tokenizer.spec()))
+    settings = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (settings.bos_token_id, settings.eos_token_id) == (tokenizer.eot, tokenizer.eot)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eot
 
 
 def test_a_tied_embedding_is_written_once(tmp_path):
