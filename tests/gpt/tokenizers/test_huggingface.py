@@ -157,6 +157,31 @@ def test_special_tokens_are_text_unless_they_are_allowed(theirs, ours):
         tokenizer.encode(text, allowed_special={"<|pad|>"})
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_after_a_special_token_there_is_a_space_only_where_the_library_puts_one(scheme):
+    theirs = like_llama2()
+    theirs.normalizer = None
+    theirs.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    ours = HuggingFaceTokenizer(theirs.to_str())
+    for text in ("<s>the</s>\nthe", "the</s>the<s><s>", " </s> the", "<unk>t</s>"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizers.encode_special(ours, text) == ids
+        assert tokenizers.encode_special(ours, text.replace("</s>", END_OF_TEXT)) == ids
+        assert not {1, 2} & set(ours.encode(text))
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_what_ends_a_text_is_special_whatever_the_file_says(theirs, added):
+    settings_ = json.loads(theirs["llama2"].to_str())
+    settings_["added_tokens"][2]["special"] = False
+    if not added:
+        del settings_["added_tokens"][2]
+    ours = HuggingFaceTokenizer(json.dumps(settings_), "</s>")
+    assert (ours.eot, ours.n_vocab) == (2, theirs["llama2"].get_vocab_size())
+    assert tokenizers.encode_special(ours, "the</s>")[-1] == 2
+    assert 2 not in ours.encode("the</s>")
+
+
 def test_what_a_text_begins_with_is_known_and_a_model_s_prompts_have_it(theirs, ours):
     assert ours["llama3"].begin == theirs["llama3"].encode("x").ids[:1]
     assert ours["llama3"].begin[0] in ours["llama3"].special.values()
@@ -200,8 +225,8 @@ def test_a_folder_is_read_as_what_it_holds(theirs, ours, tmp_path):
     written = tokenizers.huggingface_files(made.spec(), 8)
     assert json.loads(written["tokenizer_config.json"])["eos_token"] == "<|eot_id|>"
     assert written["tokenizer.json"] == theirs["llama3"].to_str()
-    with pytest.raises(UserError, match=r"tokenizer\.json: the end of a text, 'x', is no special token"):
-        spec("llama3", tokenizer_config__json=json.dumps({"eos_token": "x"}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: the end of a text, '<x>', is no token"):
+        spec("llama3", tokenizer_config__json=json.dumps({"eos_token": "<x>"}))
 
 
 CHAT = "<|im_start|>user\nthe best<|im_end|>\n<|endoftext|>"
