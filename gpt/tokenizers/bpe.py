@@ -19,6 +19,7 @@ import numpy as np
 from gpt.errors import UserError, require
 from gpt.options import read_json_object
 from gpt.tokenizers.base import END_OF_TEXT, checked_ids, checked_special, utf8
+from gpt.tokenizers.gpt2 import GPT2Tokenizer, is_gpt2
 from gpt.tokenizers.huggingface import HuggingFaceTokenizer
 from gpt.tokenizers.pieces import SentencePieceTokenizer
 
@@ -29,12 +30,15 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 class BPETokenizer:
-    """`tokens`: byte string -> id. `special`: the other ids' names. UserError for what is no such vocabulary."""
+    """`tokens`: byte string -> id. `special`: the other ids' names. `end`: which of these ends a text, if it is there.
+
+    UserError for what is no such vocabulary.
+    """
 
     name: str = "bpe"
     begin: Sequence[int] = ()
 
-    def __init__(self, tokens: Mapping[bytes, int], special: Mapping[str, int]) -> None:
+    def __init__(self, tokens: Mapping[bytes, int], special: Mapping[str, int], end: str = END_OF_TEXT) -> None:
         import tiktoken  # 0.1 s, so only when it is asked for
 
         missing = [value for value in range(256) if bytes((value,)) not in tokens]
@@ -45,7 +49,8 @@ class BPETokenizer:
             raise UserError(f"vocabulary: expected each id from 0 to {len(ids) - 1} once")
         self.tokens, self.special = dict(tokens), dict(special)
         self.n_vocab = len(ids)
-        self.eot = self.special.get(END_OF_TEXT)
+        self.end = end
+        self.eot = self.special.get(end)
         self._encoding = tiktoken.Encoding(
             self.name, pat_str=PATTERN, mergeable_ranks=self.tokens, special_tokens=self.special
         )
@@ -68,13 +73,15 @@ class BPETokenizer:
 
     def spec(self) -> dict[str, Any]:
         tokens = {base64.b64encode(token).decode(): id for token, id in self.tokens.items()}
-        return {"name": self.name, "tokens": tokens, "special": self.special}
+        end = {"end": self.end} if self.end != END_OF_TEXT else {}
+        return {"name": self.name, "tokens": tokens, "special": self.special, **end}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> BPETokenizer:
         try:
             tokens = {base64.b64decode(token, validate=True): int(id) for token, id in spec["tokens"].items()}
-            return cls(tokens, {str(name): int(id) for name, id in spec["special"].items()})
+            special = {str(name): int(id) for name, id in spec["special"].items()}
+            return cls(tokens, special, str(spec.get("end", END_OF_TEXT)))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -112,19 +119,17 @@ def huggingface_spec(folder: Path) -> dict[str, Any] | None:
 
     UserError for one that is damaged.
     """
-    path = folder / "tokenizer.json"
-    # Others have GPT-2's two files too, but cut words otherwise: only tokenizer.json says how.
-    settings = read_json_object(path) if path.exists() else None
-    if settings is None or _is_plain(settings):
-        for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (folder / vocabulary).exists() and (folder / merges).exists():
-                lines = _read(folder / merges).splitlines()
-                pairs = [line for line in lines if line and not line.startswith("#version")]
-                return _spec(folder / vocabulary, read_json_object(folder / vocabulary), pairs)
-    if settings is not None:
+    path, added = folder / "tokenizer.json", folder / "added_tokens.json"
+    if path.exists():  # it alone says how words are cut, and has the tokens that were added
         return huggingface_json(path)
+    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (folder / vocabulary).exists() and (folder / merges).exists():
+            lines = _read(folder / merges).splitlines()
+            pairs = [line for line in lines if line and not line.startswith("#version")]
+            tokens = read_json_object(folder / vocabulary) | (read_json_object(added) if added.exists() else {})
+            return _spec(folder / vocabulary, tokens, pairs)
     path = folder / "tokenizer.model"
-    return SentencePieceTokenizer.from_file(path).spec() if path.exists() else None
+    return SentencePieceTokenizer.from_file(path, _begins(folder)).spec() if path.exists() else None
 
 
 def huggingface_json(path: Path) -> dict[str, Any]:
@@ -161,6 +166,13 @@ def _is_plain(settings: Mapping[str, Any]) -> bool:
     )
 
 
+def _begins(folder: Path) -> bool:
+    """Whether a tokenizer.model's texts begin with its <s>, as transformers has it: Llama's do unless they say not."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path) if path.exists() else {}
+    return bool(settings.get("add_bos_token", "Llama" in str(settings.get("tokenizer_class", "Llama"))))
+
+
 def _end(folder: Path) -> str | None:
     """The name of the token that ends a text, as the files beside a tokenizer.json have it."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -173,7 +185,10 @@ def _end(folder: Path) -> str | None:
 
 
 def _spec(path: Path, vocabulary: Mapping[str, Any], merges: Sequence[str]) -> dict[str, Any]:
-    """Of a vocabulary in printable characters; what no merge makes and is no byte is special."""
+    """Of a vocabulary in printable characters; what no merge makes and is no byte is special.
+
+    What ends a text is read from the files beside it.
+    """
     if not all(type(id) is int for id in vocabulary.values()):
         raise UserError(f"{path}: expected a whole number for each token")
     values = character_bytes()
@@ -190,12 +205,16 @@ def _spec(path: Path, vocabulary: Mapping[str, Any], merges: Sequence[str]) -> d
     if ids != sorted(ids):
         raise UserError(f"{path}: merges are not in the order of their ids, which tiktoken needs")
     try:
-        tokenizer = BPETokenizer(tokens, special)
+        end = _end(path.parent)
+        tokenizer = BPETokenizer(tokens, special, end if end in special else END_OF_TEXT)
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    from gpt.tokenizers.gpt2 import is_gpt2
-
-    return {"name": "gpt2"} if is_gpt2(tokenizer.tokens, tokenizer.special) else tokenizer.spec()
+    if not is_gpt2(tokenizer.tokens, tokenizer.special):
+        return tokenizer.spec()
+    try:
+        return GPT2Tokenizer().spec()
+    except UserError:  # without network and cache; the folder has all that is needed
+        return tokenizer.spec()
 
 
 def huggingface_files(spec: Mapping[str, Any], context_length: int) -> dict[str, str]:
@@ -209,16 +228,21 @@ def huggingface_files(spec: Mapping[str, Any], context_length: int) -> dict[str,
     if spec.get("name") not in ("gpt2", BPETokenizer.name):
         return {}
     tokenizer = from_spec(spec)
+    special = tokenizer.special if isinstance(tokenizer, BPETokenizer) else {END_OF_TEXT: tokenizer.n_vocab - 1}
+    names = {id: name for name, id in special.items()}
     characters = _characters()
-    plain = {id: tokenizer.decode_bytes([id]) for id in range(tokenizer.n_vocab) if id != tokenizer.eot}
-    names = {id: "".join(characters[value] for value in token) for id, token in plain.items()}
-    if tokenizer.eot is not None:
-        names[tokenizer.eot] = END_OF_TEXT
+    plain = {id: tokenizer.decode_bytes([id]) for id in range(tokenizer.n_vocab) if id not in names}
+    names |= {id: "".join(characters[value] for value in token) for id, token in plain.items()}
     ranks = {token: id for id, token in sorted(plain.items())}
     pairs = (_pair(token, ranks) for token in ranks if len(token) > 1)
     merges = [" ".join("".join(characters[value] for value in part) for part in pair) for pair in pairs]
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if tokenizer.eot is not None else {}
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context_length, **special}
+    end = next((name for name, id in special.items() if id == tokenizer.eot), None)
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": context_length,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),  # null too: what is not said is <|endoftext|>
+        "additional_special_tokens": list(special),
+    }
     return {
         "vocab.json": json.dumps({names[id]: id for id in sorted(names)}, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),

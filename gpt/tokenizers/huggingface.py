@@ -24,7 +24,7 @@ _SPACE = "▁"
 
 
 class HuggingFaceTokenizer:
-    """`text`: what the file holds. `end`: the special token that ends a text, which stands for <|endoftext|>.
+    """`text`: what the file holds. `end`: the token that ends a text and, where there is none, is <|endoftext|>.
 
     `special`: the special tokens' ids by name. Their names are ordinary text unless `allowed_special` holds them.
     `begin`: the ids that the file wants before each text; encode itself puts none there, and none behind. decode gives
@@ -55,7 +55,11 @@ class HuggingFaceTokenizer:
             raise UserError("not a tokenizer.json: its vocabulary is empty")
         self.n_vocab = max(names) + 1
         if end is not None and end not in self.special:
-            raise UserError(f"the end of a text, {end!r}, is no special token of the vocabulary")
+            id = self._tokenizer.token_to_id(end)
+            if id is None:
+                raise UserError(f"the end of a text, {end!r}, is no token of the vocabulary")
+            self._tokenizer.add_special_tokens([end])  # which it is, whatever the file says
+            self.special[end] = id
         self.end = end or next((name for name in _ENDS if name in self.special), None)
         self.eot: int | None = self.special[self.end] if self.end else None
         self.begin = [self.special[name] for name in begin if name in self.special]
@@ -67,10 +71,18 @@ class HuggingFaceTokenizer:
         utf8(text)
         names = dict(self.special)
         if self.eot is not None:
-            names[END_OF_TEXT] = self.eot
+            names.setdefault(END_OF_TEXT, self.eot)
         allowed = checked_special(allowed_special, names) & set(names)
         if not allowed:
             return self._encode(text)
+        if allowed == set(names):  # the library knows where a space belongs after a special token
+            if self.end and END_OF_TEXT not in self.special:
+                text = text.replace(END_OF_TEXT, self.end)
+            self._tokenizer.encode_special_tokens = False
+            try:
+                return self._encode(text)
+            finally:
+                self._tokenizer.encode_special_tokens = True
         longest_first = sorted(allowed, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
         ids = self._encode(parts[0])

@@ -38,14 +38,14 @@ _LONGEST_LINE = 4192  # bytes: the library's max_sentence_length; it leaves out 
 class SentencePieceTokenizer:
     """`model`: a serialized model, what a file NAME.model holds. UserError for what is none.
 
+    `begins`: whether a model has read the beginning of a sentence, "<s>", before each text.
     The model's end of sentence stands for <|endoftext|>. A text that names a control piece, such as "</s>", is text.
     """
 
     name: str = "sentencepiece"
     special: Collection[str] = ()
-    begin: Sequence[int] = ()
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, begins: bool = False) -> None:
         self._model = bytes(model)
         library = require("sentencepiece", extra="sentencepiece")
         if not model:  # which the library takes for a model without pieces
@@ -63,7 +63,8 @@ class SentencePieceTokenizer:
             raise UserError("not a SentencePiece model, or a damaged one") from None
         if not self.n_vocab:
             raise UserError("not a SentencePiece model: it has no pieces")
-        end = processor.eos_id()
+        begin, end = processor.bos_id(), processor.eos_id()
+        self.begin: Sequence[int] = [begin] if begins and begin >= 0 else []
         self.eot: int | None = end if end >= 0 else None
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
@@ -94,7 +95,8 @@ class SentencePieceTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def spec(self) -> dict[str, Any]:
-        return {"name": self.name, "model": base64.b64encode(self._model).decode()}
+        begins = {"begins": True} if self.begin else {}
+        return {"name": self.name, "model": base64.b64encode(self._model).decode(), **begins}
 
     def model(self) -> bytes:
         """What a file NAME.model holds."""
@@ -106,13 +108,13 @@ class SentencePieceTokenizer:
             model = base64.b64decode(spec["model"], validate=True)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the specification of tokenizer {cls.name} is damaged: {error!r}") from None
-        return cls(model)
+        return cls(model, bool(spec.get("begins")))
 
     @classmethod
-    def from_file(cls, path: Path) -> SentencePieceTokenizer:
+    def from_file(cls, path: Path, begins: bool = False) -> SentencePieceTokenizer:
         """The tokenizer in a file NAME.model, also one that SentencePiece's own programs wrote."""
         try:
-            return cls(Path(path).read_bytes())
+            return cls(Path(path).read_bytes(), begins)
         except OSError as error:
             raise UserError(f"{path}: could not be read: {error.strerror or error}") from None
         except UserError as error:

@@ -75,7 +75,8 @@ def _gpt2_config(settings: Settings) -> GPTConfig:
 
 def _gpt2_settings(config: GPTConfig) -> Settings:
     head_dim = config.emb_dim // config.n_heads
-    _require(config, "GPT-2", head_dim=head_dim, n_kv_heads=config.n_heads, head_bias=False, norm="layer_norm")
+    _require(config, "GPT-2", head_dim=head_dim, n_kv_heads=config.n_heads, norm="layer_norm")
+    _require(config, "GPT-2", n_outputs=config.vocab_size, head_bias=False)
     if config.mlp not in GELUS.values():
         raise ValueError(f"mlp: {config.mlp}, but Hugging Face's GPT-2 has a GELU: it cannot be this model")
     return {
@@ -146,7 +147,8 @@ def _llama_config(settings: Settings) -> GPTConfig:
 
 
 def _llama_settings(config: GPTConfig) -> Settings:
-    _require(config, "Llama", norm="rms_norm", mlp="swiglu", position="rope", head_bias=False, qkv_bias=config.bias)
+    _require(config, "Llama", norm="rms_norm", mlp="swiglu", position="rope", qkv_bias=config.bias)
+    _require(config, "Llama", n_outputs=config.vocab_size, head_bias=False)
     rope: Settings = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling:
         rope["rope_type"] = "llama3"

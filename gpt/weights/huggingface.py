@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt import tokenizers
 from gpt.errors import UserError
+from gpt.finetune.adapters import merge
 from gpt.options import read_json_object
 from gpt.weights.families import FAMILIES, family_of
 from gpt.weights.names import Format, from_ours, to_ours
@@ -20,7 +21,7 @@ from gpt.weights.native import SavedModel, flush
 from gpt.weights.tensors import Stored, read_pickle, read_safetensors, read_sharded, write_safetensors
 from reference.config import GPTConfig
 
-__all__ = ["read_folder", "read_tensors", "save_folder"]
+__all__ = ["read_folder", "read_tensors", "read_tokenizer", "save_folder"]
 
 CONFIG, INDEX = "config.json", ".index.json"
 HEAD = "lm_head.weight"
@@ -43,7 +44,7 @@ def read_folder(folder: Path) -> SavedModel:
     if config.tie_embeddings:
         theirs = _without_copy(family.format, config, theirs, file)
     params = to_ours(family.format, config, theirs, str(file))
-    return SavedModel(params, config, _tokenizer(folder, config))
+    return SavedModel(params, config, read_tokenizer(folder, config))
 
 
 def _without_copy(format: Format, config: GPTConfig, theirs: dict[str, Stored], file: Path) -> dict[str, Stored]:
@@ -88,22 +89,28 @@ def read_tensors(folder: Path) -> tuple[dict[str, Stored], Path]:
 def save_folder(folder: str | Path, model: SavedModel, shard_size: int = SHARD_SIZE) -> None:
     """Write a folder that transformers loads, as a GPT-2 or a Llama. Raises UserError for a model that is neither.
 
-    A bias that this model lacks and theirs has is written as zeros, which changes nothing.
+    A bias that this model lacks and theirs has is written as zeros, which changes nothing. Adapters, which theirs has
+    not, are merged into the weights.
     """
-    folder, part = Path(folder), Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.tmp")
+    folder = Path(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise UserError(f"{folder}: exists, and is not an empty folder; nothing was written")
-    family = FAMILIES["llama" if model.config.position == "rope" else "gpt2"]
-    config = model.config
+    place = folder.resolve()  # "." has no name
+    part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    params, config = merge(model.params, model.config) if model.config.lora else (model.params, model.config)
+    family = FAMILIES["llama" if config.position == "rope" else "gpt2"]
     if family is FAMILIES["gpt2"] or config.qkv_bias != config.bias:
         config = config.replace(qkv_bias=True, bias=True)
     try:
         settings = {"architectures": [family.architecture], **family.settings(config)}
+        if model.tokenizer:
+            tokenizer = tokenizers.from_spec(model.tokenizer)
+            settings |= {"bos_token_id": next(iter(tokenizer.begin), tokenizer.eot), "eos_token_id": tokenizer.eot}
     except ValueError as error:
         raise UserError(str(error)) from None
-    theirs = from_ours(family.format, config, _with_biases(model.params, config))
+    theirs = from_ours(family.format, config, _with_biases(params, config))
     theirs = {name if name.startswith("lm_head") else family.prefix + name: t for name, t in theirs.items()}
-    settings["dtype"] = next(iter(theirs.values())).dtype.name
+    settings["dtype"] = np.result_type(*(tensor.dtype for tensor in theirs.values())).name
     try:
         part.mkdir(parents=True)
         _write_json(part / CONFIG, settings)
@@ -115,10 +122,13 @@ def save_folder(folder: str | Path, model: SavedModel, shard_size: int = SHARD_S
         for path in part.iterdir():
             flush(path)
         flush(part)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-        flush(folder.parent)
+        if folder.exists():  # somebody may be in it, so it stays; what makes it a model comes last
+            for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
+                path.rename(place / path.name)
+            flush(place)
+        else:
+            part.rename(place)
+        flush(place.parent)
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from None
     finally:
@@ -153,7 +163,7 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_size: int, met
     _write_json(folder / f"model.safetensors{INDEX}", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _tokenizer(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
+def read_tokenizer(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
     """The tokenizer that a folder carries; GPT-2's where there is none and the vocabulary has its size."""
     if (folder / TOKENIZER).exists():
         return read_json_object(folder / TOKENIZER).get("tokenizer")

@@ -168,7 +168,7 @@ def from_ours(format: Format, config: GPTConfig, params: Mapping[str, Any]) -> d
         if row.ours[0] not in shapes:
             continue
         parts = [shapes[name] for name in row.ours]
-        dtype = np.dtype(params[row.ours[0]].dtype)
+        dtype = np.result_type(*(params[name].dtype for name in row.ours))
 
         def read(row: Row = row, shape: tuple[int, ...] = _their_shape(format, row, parts)) -> np.ndarray:
             arrays = [np.asarray(params[name]) for name in row.ours]

@@ -20,6 +20,7 @@ from gpt.data.catalogue import cache_folder
 from gpt.data.files import replace
 from gpt.errors import UserError, check_installed, require
 from gpt.options import read_json
+from gpt.weights.huggingface import read_tokenizer
 from gpt.weights.names import FORMATS, to_ours
 from gpt.weights.native import SavedModel
 from gpt.weights.tensors import Stored, read_safetensors, write_safetensors
@@ -40,7 +41,7 @@ def read_checkpoint(folder: Path) -> SavedModel:
     """The model in such a folder. Raises UserError, also where TensorFlow is not installed."""
     config = _config(folder / HPARAMS)
     params = to_ours(FORMATS["openai-gpt2"], config, read_variables(folder), str(folder))
-    return SavedModel(params, config, {"name": "gpt2"} if config.vocab_size == 50257 else None)
+    return SavedModel(params, config, read_tokenizer(folder, config))
 
 
 def read_variables(folder: Path) -> dict[str, Stored]:

@@ -47,10 +47,12 @@ _BESIDE_WEIGHTS = (
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
+    "twingrad.json",
     "chat_template.jinja",
 )
 _PART = re.compile("[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a repository's name or revision, and the name of a file

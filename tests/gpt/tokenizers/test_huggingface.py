@@ -157,6 +157,31 @@ def test_special_tokens_are_text_unless_they_are_allowed(theirs, ours):
         tokenizer.encode(text, allowed_special={"<|pad|>"})
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_after_a_special_token_there_is_a_space_only_where_the_library_puts_one(scheme):
+    theirs = like_llama2()
+    theirs.normalizer = None
+    theirs.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    ours = HuggingFaceTokenizer(theirs.to_str())
+    for text in ("<s>the</s>\nthe", "the</s>the<s><s>", " </s> the", "<unk>t</s>"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizers.encode_special(ours, text) == ids
+        assert tokenizers.encode_special(ours, text.replace("</s>", END_OF_TEXT)) == ids
+        assert not {1, 2} & set(ours.encode(text))
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_what_ends_a_text_is_special_whatever_the_file_says(theirs, added):
+    settings_ = json.loads(theirs["llama2"].to_str())
+    settings_["added_tokens"][2]["special"] = False
+    if not added:
+        del settings_["added_tokens"][2]
+    ours = HuggingFaceTokenizer(json.dumps(settings_), "</s>")
+    assert (ours.eot, ours.n_vocab) == (2, theirs["llama2"].get_vocab_size())
+    assert tokenizers.encode_special(ours, "the</s>")[-1] == 2
+    assert 2 not in ours.encode("the</s>")
+
+
 def test_what_a_text_begins_with_is_known_and_a_model_s_prompts_have_it(theirs, ours):
     assert ours["llama3"].begin == theirs["llama3"].encode("x").ids[:1]
     assert ours["llama3"].begin[0] in ours["llama3"].special.values()
@@ -200,8 +225,51 @@ def test_a_folder_is_read_as_what_it_holds(theirs, ours, tmp_path):
     written = tokenizers.huggingface_files(made.spec(), 8)
     assert json.loads(written["tokenizer_config.json"])["eos_token"] == "<|eot_id|>"
     assert written["tokenizer.json"] == theirs["llama3"].to_str()
-    with pytest.raises(UserError, match=r"tokenizer\.json: the end of a text, 'x', is no special token"):
-        spec("llama3", tokenizer_config__json=json.dumps({"eos_token": "x"}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: the end of a text, '<x>', is no token"):
+        spec("llama3", tokenizer_config__json=json.dumps({"eos_token": "<x>"}))
+
+
+CHAT = "<|im_start|>user\nthe best<|im_end|>\n<|endoftext|>"
+
+
+@pytest.fixture
+def chat(theirs, tmp_path):
+    """GPT-2's two files, and beside them tokens that were added and a token of theirs that ends a text."""
+    transformers = pytest.importorskip("transformers")
+    theirs["gpt2"].model.save(str(tmp_path))
+    (tmp_path / "vocab.json").write_text(json.dumps(theirs["gpt2"].get_vocab()))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 300, "<|im_end|>": 301}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"})
+    )
+    return tmp_path, transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_added_tokens_and_the_end_of_a_text_are_read_from_old_and_new_files(chat):
+    folder, peer = chat
+    peer.save_pretrained(folder / "new")
+    for place in (folder, folder / "new"):
+        ours = tokenizers.from_spec(tokenizers.huggingface_spec(place))
+        assert (ours.name, ours.n_vocab, ours.eot) == ("bpe", len(peer), peer.eos_token_id)
+        assert tokenizers.encode_special(ours, CHAT) == peer.encode(CHAT)
+        assert tokenizers.from_spec(json.loads(json.dumps(ours.spec()))).eot == ours.eot
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "new" / name).write_bytes((folder / name).read_bytes())
+    assert tokenizers.huggingface_spec(folder / "new") == ours.spec()
+
+
+def test_what_is_written_of_several_special_tokens_is_read_by_transformers_and_here(chat):
+    folder, peer = chat
+    ours = tokenizers.from_spec(tokenizers.huggingface_spec(folder))
+    for tokenizer in (ours, BPETokenizer(ours.tokens, {})):
+        place = folder / f"out{tokenizer.eot}"
+        place.mkdir()
+        for name, text in tokenizers.huggingface_files(tokenizer.spec(), 8).items():
+            (place / name).write_text(text, encoding="utf-8")
+        again = type(peer).from_pretrained(place)
+        assert (len(again), again.eos_token_id) == (tokenizer.n_vocab, tokenizer.eot)
+        assert again.encode(CHAT) == tokenizers.encode_special(tokenizer, CHAT)
+        assert tokenizers.huggingface_spec(place) == tokenizer.spec()
 
 
 def test_a_file_of_ours_is_read(ours, tmp_path):

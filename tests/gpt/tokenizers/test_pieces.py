@@ -99,6 +99,7 @@ def test_the_end_of_a_text_is_a_token_only_where_it_is_allowed(trained):
 
 def test_specification_and_file_restore_the_tokenizer(trained, tmp_path):
     (tmp_path / "a.model").write_bytes(trained.model())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
     for restored in (
         tokenizers.from_spec(json.loads(json.dumps(trained.spec()))),
         tokenizers.load(str(tmp_path / "a.model")),
@@ -107,6 +108,21 @@ def test_specification_and_file_restore_the_tokenizer(trained, tmp_path):
         assert restored.spec() == trained.spec()
         assert (restored.n_vocab, restored.eot) == (320, 2)
         assert restored.encode(TEXT) == trained.encode(TEXT)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_text_of_llama_begins_as_its_folder_says(trained, tmp_path, says):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(trained.model())
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": says}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    spec = json.loads(json.dumps(tokenizers.huggingface_spec(tmp_path)))
+    ours = tokenizers.from_spec(spec)
+    assert ours.spec() == spec
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizers.begun(ours, ours.encode("it was")) == theirs.encode("it was")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert tokenizers.huggingface_spec(tmp_path)["begins"] is True  # as Meta's own folders, which say nothing
 
 
 def rename(folder, before, after):

@@ -159,6 +159,23 @@ def test_gpt2_without_network_or_cache_says_what_to_set(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@needs_gpt2
+def test_a_folder_with_gpt2_s_files_needs_neither_network_nor_cache(monkeypatch, tmp_path):
+    import tiktoken
+
+    for name, text in tokenizers.huggingface_files({"name": "gpt2"}, 16).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert tokenizers.huggingface_spec(tmp_path) == {"name": "gpt2"}
+    ids = tokenizers.load("gpt2").encode(SENTENCE)
+
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    ours = tokenizers.from_spec(tokenizers.huggingface_spec(tmp_path))
+    assert (ours.n_vocab, ours.eot, ours.encode(SENTENCE)) == (50257, 50256, ids)
+
+
 def test_unknown_and_incomplete_names():
     with pytest.raises(UserError, match=r"unknown tokenizer 'gpt4': expected one of gpt2, bytes, simple-v1, simple-v2"):
         tokenizers.load("gpt4")

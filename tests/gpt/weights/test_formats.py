@@ -9,14 +9,15 @@ import pytest
 from gpt.cli import main
 from gpt.engine import Batch, create_engine
 from gpt.errors import UserError
-from gpt.tokenizers import ByteTokenizer
+from gpt.tokenizers import BPETokenizer, ByteTokenizer, huggingface_files
 from gpt.weights.huggingface import save_folder
 from gpt.weights.load import load, tensors
 from gpt.weights.native import SavedModel, save_model
 from reference.config import PRESETS, GPTConfig
 from reference.init import initialize
+from reference.lora import TARGETS, LoRA
 from reference.torch_rng import Generator
-from tests.gpt.weights.conftest import CONFIG, make_peer
+from tests.gpt.weights.conftest import CONFIG, HPARAMS, make_peer, save_with_tensorflow
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -173,6 +174,16 @@ def test_openai_s_checkpoint_is_read_bit_for_bit_and_has_transformers_logits(ope
     assert out.splitlines()[-1] == f"28 tensors, {CONFIG.n_parameters:,} numbers"
 
 
+def test_the_tokenizer_in_openai_s_folder_is_read(tmp_path):
+    tokenizer = BPETokenizer({bytes((value,)): value for value in range(256)} | {b"ab": 256}, {"<|endoftext|>": 257})
+    save_with_tensorflow(tmp_path, hparams={**HPARAMS, "n_vocab": 258})
+    assert load(tmp_path).tokenizer is None
+    files = huggingface_files(tokenizer.spec(), 23)
+    (tmp_path / "encoder.json").write_text(files["vocab.json"], encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text(files["merges.txt"], encoding="utf-8")
+    assert load(tmp_path).tokenizer == tokenizer.spec()
+
+
 def test_the_four_sizes_of_openai_are_the_presets():
     from gpt.weights.openai import _config
 
@@ -222,6 +233,30 @@ def test_what_is_written_transformers_reads_with_the_same_logits(tmp_path, confi
     }
 
 
+@pytest.mark.parametrize("targets", [("query", "up"), TARGETS])
+def test_adapters_are_merged_into_what_is_written(tmp_path, targets):
+    config = CONFIG.replace(lora=LoRA(rank=2, alpha=3.0, targets=targets))
+    rng = np.random.default_rng(2)
+    params = {name: rng.normal(0.05, 0.3, shape) for name, shape in config.parameter_shapes().items()}
+    save_model(tmp_path / "m.safetensors", params, config)
+    assert main(["weights", "convert", str(tmp_path / "m.safetensors"), str(tmp_path / "out")]) == 0
+    peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert_same_logits(SavedModel(params, config, None), peer)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("special", [{"<|endoftext|>": 256}, {}])
+def test_what_ends_a_text_is_the_tokenizer_s_not_the_last_of_a_padded_vocabulary(tmp_path, position, special):
+    config = CONFIG.replace(vocab_size=300, n_outputs=300)
+    if position == "rope":
+        config = config.replace(position=position, norm="rms_norm", mlp="swiglu")
+    tokenizer = BPETokenizer({bytes((value,)): value for value in range(256)}, special)
+    save_folder(tmp_path / "out", SavedModel(initialize(config, Generator(1), "gpt2"), config, tokenizer.spec()))
+    settings = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (settings.bos_token_id, settings.eos_token_id) == (tokenizer.eot, tokenizer.eot)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eot
+
+
 def test_a_tied_embedding_is_written_once(tmp_path):
     params = initialize(CONFIG, Generator(1), "gpt2")
     save_folder(tmp_path / "out", SavedModel(params, CONFIG, None))
@@ -252,6 +287,7 @@ def test_a_model_that_was_trained_here_goes_out_and_comes_back(tmp_path):
         ({"head_dim": 11}, "head_dim: 11, but Hugging Face's GPT-2 has 12"),
         ({"n_kv_heads": 1}, "n_kv_heads: 1, but Hugging Face's GPT-2 has 3"),
         ({"head_bias": True, "tie_embeddings": False}, "head_bias: True"),
+        ({"n_outputs": 2, "tie_embeddings": False}, "n_outputs: 2, but Hugging Face's GPT-2 has 101"),
     ],
 )
 def test_a_model_that_is_no_gpt2_to_transformers_is_not_written(tmp_path, changes, message):
@@ -272,6 +308,14 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(UserError, match=r"m.safetensors: exists, and is not"):
         save_folder(tmp_path / "m.safetensors", saved)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_folder_that_one_is_in_is_filled(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    save_folder(".", SavedModel(initialize(CONFIG, Generator(1), "gpt2"), CONFIG, None))
+    assert load(".").config.emb_dim == CONFIG.emb_dim
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_gpt2_at_its_true_size(tmp_path):

@@ -116,6 +116,14 @@ def test_a_repository_of_hugging_face_is_downloaded_and_loaded(tmp_path, monkeyp
         load.load("owner/none")
 
 
+def test_a_repository_that_was_written_here_has_its_tokenizer(tmp_path, monkeypatch):
+    config = PRESETS["bytes-tiny"]
+    saved = SavedModel(GPT.seeded(config, 1).params, config, ByteTokenizer().spec())
+    save_folder(tmp_path / "hub" / "owner" / "ours", saved)
+    monkeypatch.setenv("HF_ENDPOINT", str(tmp_path / "hub"))
+    assert load.load("owner/ours").tokenizer == {"name": "bytes"}
+
+
 @pytest.mark.parametrize(
     "source, message",
     [
