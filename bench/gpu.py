@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -77,7 +78,10 @@ def main(options: Options) -> int:
     if options.check:
         run.say("checks, and compiling what will be timed")
         compiled = [*dict.fromkeys(case.operator for case in chosen), *["model"] * everything]
-        if not checks.run(findings, options.layers, compiled, run.begun + FOR_CHECKS * 60 * run.minutes):
+        right = checks.run(findings, options.layers, compiled, run.begun + FOR_CHECKS * 60 * run.minutes)
+        if right or options.out:  # results of before, which are there by default, are better than these
+            keep(run, options)
+        if not right:
             print("error: a check failed, nothing was timed; --no-check times all the same", file=sys.stderr)
             return 1
     failed = False
@@ -86,8 +90,10 @@ def main(options: Options) -> int:
         findings.ceilings = roofline.ceilings(run.device, run.tiny)
         first = [case for case in chosen if any(target.covers(case) for target in report.TARGETS)]
         measure_all(run, first, FOR_MODELS if everything else SPARE)
+        keep(run, options)
         if everything:
             measure_models(run)
+            keep(run, options)
         measure_all(run, [case for case in chosen if case not in first], SPARE)
     except KeyboardInterrupt:
         findings.left_out["the rest"] = "interrupted"
@@ -97,13 +103,18 @@ def main(options: Options) -> int:
         failed = True
     print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
     report.show(findings, targets=run.device == "cuda" and not run.tiny and everything)
-    write(run, options)
+    if path := keep(run, options):
+        for file in (path, *plots.draw(json.loads(path.read_text())["cases"], path.parent, path.stem)):
+            print(f"wrote         {file}")
     return int(failed)
 
 
 def begin(options: Options) -> Run:
     """Refuse what cannot be done."""
     begun, cuda = time.monotonic(), on_gpu()
+    # Triton's own default, said: from its first kernel on Inductor has another, without what others have compiled.
+    folder = Path(os.environ.get("TRITON_HOME", Path.home()), ".triton", "cache")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
     if not cuda and not options.tiny:
         why = "TRITON_INTERPRET is set" if torch.cuda.is_available() else "no CUDA GPU is here"
         raise UserError(f"bench gpu: {why}; --tiny tries the benchmark itself, on the CPU, interpreted")
@@ -298,17 +309,19 @@ def training_step(operators: str, mode: str, device: str, tiny: bool) -> tuple[c
 # The end, and an errand.
 
 
-def write(run: Run, options: Options) -> None:
-    """The JSON and its plots beside it: where asked for, or for a whole run on a GPU in bench/results."""
+def keep(run: Run, options: Options) -> Path | None:
+    """Write what is known by now, as JSON: where asked for, or for a whole run on a GPU in bench/results.
+
+    After each stage, as what comes next may hang, or be ended from outside.
+    """
     stem = "gpu-" + "-".join(run.findings.device.lower().replace(",", "").split())
     whole = run.device == "cuda" and not options.tiny and not options.layers
     path = options.out or (Path(__file__).parent / "results" / f"{stem}.json" if whole else None)
     if path is None:
-        return
+        return None
     document = {**run.findings.document(), "minutes": round((time.monotonic() - run.begun) / 60, 2)}
     results.write(path, "gpu", document)
-    for file in (path, *plots.draw(json.loads(json.dumps(document)), path.parent, path.stem)):
-        print(f"wrote         {file}")
+    return path
 
 
 def compile_ahead(name: str, tiny: bool = False) -> None:

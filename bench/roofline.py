@@ -18,13 +18,14 @@ def ceilings(device: str, tiny: bool = False) -> dict[str, float]:
     source = torch.randint(0, 256, (elements,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = {"copy": 2 * elements / _median(lambda: target.copy_(source), device, tiny) / 1e9}
-    allowed = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision  # and not allow_tf32, after which "none" is "ieee", another key of Inductor's cache
     for name in ("bfloat16", "float32", "tf32")[: 3 if device == "cuda" else 2]:
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in "ab")
         found[name] = 2 * n**3 / _median(lambda a=a, b=b: a @ b, device, tiny) / 1e12
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul.fp32_precision = before
     return found
 
 

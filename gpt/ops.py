@@ -194,7 +194,7 @@ def chunked_cross_entropy(
     pass. Under autocast the factors of products are of its type, and all sums float32. There is no second derivative.
     """
     device = x.device.type
-    lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    lower = device != "meta" and torch.is_autocast_enabled(device)  # meta: which has no autocast
     dtype = torch.get_autocast_dtype(device) if lower and x.dtype != torch.float64 else x.dtype  # as autocast itself
     graph = torch.is_grad_enabled()
     wanted = [graph and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]

@@ -149,7 +149,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def _cast(values: Iterable[Any], autocast: str) -> list[Any]:
     values = list(values)
     device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
-    if not autocast or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast or device == "meta" or not torch.is_autocast_enabled(device):  # meta: which has no autocast
         return values
     dtype = torch.float32 if autocast == "float32" else torch.get_autocast_dtype(device)
     is_float = [isinstance(value, torch.Tensor) and value.dtype.is_floating_point for value in values]
