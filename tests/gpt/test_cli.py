@@ -202,7 +202,7 @@ def test_a_json_file_gives_what_it_holds(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"é": [1, null]}', encoding="utf-8")
     assert read_json(str(file)) == read_json_object(file) == {"é": [1, None]}
-    file.write_text("[1]")
+    file.write_text("\ufeff[1]", encoding="utf-8")  # as Windows writes it
     assert read_json(file) == [1]
     with pytest.raises(UserError) as caught:
         read_json_object(file)
