@@ -180,7 +180,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds. Raises UserError naming the file and what is wrong with it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows marks the order of bytes
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # also what is not UTF-8, or lists within lists without end

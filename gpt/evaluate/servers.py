@@ -247,17 +247,19 @@ class JudgeModel:
     def __init__(
         self, model: str, engine: str = "auto", seed: int = 123, temperature: float = 0.0, max_new_tokens: int = 50
     ) -> None:
+        from gpt.finetune.adapters import model_fingerprint
         from gpt.llm import LLM
 
         self._llm = LLM.load(model, engine)
         self._sampling: dict[str, Any] = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
         self.model = model
+        self._weights = model_fingerprint(self._llm.engine.parameters(), self._llm.engine.config)
         self._llm.generate("a", **{**self._sampling, "max_new_tokens": 0})  # wrong settings show now
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the answers depend on; not the engine, since both write the same."""
-        return {"server": "model", "model": self.model} | self._sampling
+        return {"server": "model", "model": self.model, "weights": self._weights} | self._sampling
 
     def __call__(self, prompt: str) -> str:
         """The model's continuation of the prompt."""

@@ -41,7 +41,16 @@ from reference.init import initialize
 from reference.lora import LoRA
 from reference.torch_rng import Generator
 
-__all__ = ["adapt", "changed_config", "fingerprint", "load_adapter", "merge", "save_adapter", "unmerge"]
+__all__ = [
+    "adapt",
+    "changed_config",
+    "fingerprint",
+    "load_adapter",
+    "merge",
+    "model_fingerprint",
+    "save_adapter",
+    "unmerge",
+]
 
 FORMAT = 1
 SAMPLE = 1024  # values of each tensor in a fingerprint
@@ -187,6 +196,11 @@ def fingerprint(params: Mapping[str, Tensor], config: GPTConfig) -> str:
         distance = -(-values.size // SAMPLE) | 1
         digest.update(values[::distance].astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+def model_fingerprint(params: Mapping[str, Tensor], config: GPTConfig) -> str:
+    """The fingerprint of all that a model computes with: of its weights with its adapters merged, if it has some."""
+    return fingerprint(*(merge(params, config) if config.lora else (params, config)))
 
 
 def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[GPTConfig, LoRA, str]:

@@ -66,7 +66,8 @@ def read_rows(path: str | Path, labels: Sequence[str] = LABELS) -> list[Row]:
 
 
 def read_tsv(path: str | Path, labels: Sequence[str] = LABELS) -> list[Row]:
-    """Labels and texts of lines LABEL<TAB>TEXT, a label being one of `labels`, or its number there.
+    """Labels and texts of lines LABEL<TAB>TEXT, a label being one of `labels`, or, if none of these is a number, its
+    number there.
 
     A text that begins with a quote goes on to the next one, across lines, as in any file of that kind. UserError names
     the file and the line of what is no such row.
@@ -122,11 +123,21 @@ def split(
     return parts
 
 
-def write_csvs(folder: str | Path, train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row]) -> list[Path]:
-    """Write train.csv, validation.csv and test.csv as `read_csv` reads them, labels as numbers; their paths."""
+def write_csvs(
+    folder: str | Path,
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    test: Sequence[Row],
+    labels: Sequence[str] = LABELS,
+) -> list[Path]:
+    """Write train.csv, validation.csv and test.csv as `read_csv` reads them, labels as numbers; their paths.
+
+    Labels that are numbers themselves are written as they are.
+    """
+    written = {i: name for name, i in _numbers(labels).items()}  # of name and number the latter
     paths = [Path(folder) / name for name in FILES]
     for path, rows in zip(paths, (train, validation, test), strict=True):
-        lines = [",".join(HEADER), *(f"{label},{_quoted(text)}" for label, text in rows)]
+        lines = [",".join(HEADER), *(f"{written[label]},{_quoted(text)}" for label, text in rows)]
         with atomic_write(path) as file:
             file.write("".join(line + "\n" for line in lines).encode())
     return paths
@@ -222,14 +233,21 @@ def _fields(path: str | Path, delimiter: str) -> list[tuple[int, list[str]]]:
     return [(line, fields) for line, fields in rows if fields]
 
 
+def _numbers(labels: Sequence[str]) -> dict[str, int]:
+    """What may stand for each label: its name, and its number, unless a name is a number, which could be another's."""
+    numbers = {name: i for i, name in enumerate(labels)}
+    if any(re.fullmatch(r"[+-]?\d+", name) for name in labels):
+        return numbers
+    return numbers | {str(i): i for i in range(len(labels))}
+
+
 def _row(path: str | Path, line: int, fields: list[str], labels: Sequence[str], delimiter: str) -> Row:
     place = f"{path}: line {line}"
     if len(fields) != 2:
         found = f"{len(fields)} fields" if len(fields) > 1 else f"no {delimiter.split()[1]}"
         raise UserError(f"{place}: expected a label, {delimiter} and a text, got {found}")
     label, text = fields
-    numbers = {name: i for i, name in enumerate(labels)}
-    numbers.update({str(i): i for i in range(len(labels)) if str(i) not in numbers})
+    numbers = _numbers(labels)
     if label not in numbers:
         close = did_you_mean(label, labels)
         raise UserError(f"{place}: the label {label!r} is not one of {', '.join(labels)}{close}")

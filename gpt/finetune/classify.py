@@ -92,7 +92,7 @@ class Classify(Task):
 
     def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         """Accuracies on all texts of each part, the parts as CSV files, and some test texts with their labels."""
-        data.write_csvs(self.config.out, *self.rows)
+        data.write_csvs(self.config.out, *self.rows, labels=self.config.labels)
         loaders = {"train": self.train_loader, "validation": self.validation_loader, "test": self.test_loader}
         results: dict[str, Any] = {}
         for name, loader in loaders.items():

@@ -209,7 +209,7 @@ class PreferConfig(FinetuneConfig):
     drop_sources: tuple[str, ...] = ()
     """Entries whose "source" is this are left out. May be given several times."""
     max_prompt_tokens: int | None = None
-    """Entries with longer prompts are left out."""
+    """Entries with prompts of so many tokens or more are left out."""
     drop_identical: bool = False
     """Whether pairs of equal answers are left out."""
     responses: int = 8

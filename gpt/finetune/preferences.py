@@ -114,8 +114,8 @@ def filter_sources(entries: Entries, sources: Collection[str]) -> Subset:
     found: set[str] = set()
     rows = []
     for i in range(len(entries)):
-        source = entries[i].get("source")
-        found.add(str(source))
+        source = str(entries[i].get("source"))
+        found.add(source)
         if source not in sources:
             rows.append(i)
     for source in sources:

@@ -1,7 +1,8 @@
 """A model's answers to a set of instructions, written beside the expected ones, to be read and judged.
 
 A file of answers is a JSON array of the entries, each with its answer under one more key. It is written whole every few
-entries, so that a run that is stopped loses little: started again it answers what is not answered yet.
+entries, so that a run that is stopped loses little: started again it answers what is not answered yet. Beside it,
+FILE.settings says what the answers were made with, so that another model does not go on with them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, Literal
 from gpt.data.examples import Entries, JsonEntries, where
 from gpt.errors import UserError
 from gpt.evaluate import progress as shown
+from gpt.finetune.adapters import model_fingerprint
 from gpt.finetune.answers import check_positive_or_none
 from gpt.finetune.run import data_file, write_json
 from gpt.llm import LLM
+from gpt.options import read_json_object
 
 __all__ = ["KEY", "RespondConfig", "respond", "run"]
 
@@ -37,12 +40,21 @@ def respond(
     """Answer the entries, each by the most probable tokens, and write them with their answers to `out`.
 
     Entries that `out` has an answer to already keep it. UserError with the entry's number for one that cannot be
-    answered, such as a prompt longer than the model's context, and for an `out` that holds other entries.
+    answered, such as a prompt longer than the model's context, and for an `out` that holds other entries, or answers
+    of another model or of other settings.
     """
-    answered = _answered(out, entries, key)
+    config = llm.engine.config
+    weights = model_fingerprint(llm.engine.parameters(), config)
+    made_with = {"weights": weights, "style": llm.style, "max_new_tokens": max_new_tokens}
+    answered = _answered(out, entries, key, made_with)
+
+    def save() -> None:
+        write_json(_settings(out), made_with)
+        write_json(out, answered)
+
     progress = progress or shown.create_progress()
     progress.start(len(answered), len(entries))
-    context = llm.engine.config.context_length
+    context = config.context_length
     try:
         for number, start in enumerate(range(len(answered), len(entries), BATCH), 1):
             batch = [dict(entries[i]) for i in range(start, min(start + BATCH, len(entries)))]
@@ -59,16 +71,20 @@ def respond(
                 answered.append({**entry, key: text.strip()})
                 progress.step("")
             if number % save_every == 0:
-                write_json(out, answered)
+                save()
     finally:
         progress.close()
         if answered:
-            write_json(out, answered)
+            save()
     return answered
 
 
-def _answered(out: Path, entries: Entries, key: str) -> list[dict[str, Any]]:
-    """The answers that are in `out` already."""
+def _settings(out: Path) -> Path:
+    return out.with_name(f"{out.name}.settings")
+
+
+def _answered(out: Path, entries: Entries, key: str, made_with: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answers that are in `out` already. UserError where they were not made with the same."""
     if not out.exists():
         return []
     try:
@@ -82,6 +98,11 @@ def _answered(out: Path, entries: Entries, key: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{out}: holds something else than answers to these entries; remove it, or choose another --out"
         )
+    before = read_json_object(_settings(out)) if _settings(out).exists() else {}
+    for name, value in made_with.items():
+        if before.get(name) != value:
+            was = before.get(name, "unknown")
+            raise UserError(f"{out}: holds answers of {name} {was}, not {value}; remove it, or choose another --out")
     return found
 
 

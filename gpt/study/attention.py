@@ -78,7 +78,8 @@ def _draw(axes: Any, weights: np.ndarray, labels: Sequence[str], title: str, siz
     image = axes.imshow(weights, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axes.set_title(title, fontsize=9)
     if len(labels) <= MOST_LABELS and size > 2:
-        font = {"fontsize": max(4, min(8, 130 * size / 3 / len(labels))), "family": "monospace"}
+        font: Any = {"fontsize": max(4, min(8, 130 * size / 3 / len(labels))), "family": "monospace"}
+        font["parse_math"] = False  # a text may have dollars
         axes.set_xticks(range(len(labels)), labels, rotation=90, **font)
         axes.set_yticks(range(len(labels)), labels, **font)
     return image
@@ -104,7 +105,8 @@ def plot_track(steps: Sequence[int], weights: np.ndarray, pair: tuple[str, str])
                 label = f"layer {i}" if h == 0 else None
                 axes.plot(steps, weights[:, i, h], color=COLOURS[i % len(COLOURS)], lw=1.6, alpha=0.8, label=label)
         axes.set(xlabel="Steps", ylabel="Weight", ylim=(0, 1.02))
-        axes.set_title(f'How much "{pair[0]}" attends to "{pair[1]}", a line a head', loc="left", fontweight="bold")
+        title = f'How much "{pair[0]}" attends to "{pair[1]}", a line a head'
+        axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
         axes.grid(color=GREY, alpha=0.15)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)

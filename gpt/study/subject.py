@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt.engine import Arrays, Batch, Noise, OptimizerConfig, create_engine
 from gpt.errors import UserError
+from gpt.options import read_json_object
 from reference.config import GPTConfig
 from reference.init import initialize
 from reference.philox import PhiloxNoise
@@ -80,9 +81,10 @@ def tiny(text: str, steps: int = 30, seed: int = 1, dropout: float = 0.0) -> Sub
 
 
 def loaded(source: str, text: str, seed: int = 1, dropout: float = 0.0) -> Subject:
-    """A model from anywhere that weights are loaded from; with a run's snapshots, if it has some."""
+    """A model from anywhere that weights are loaded from; of a run with snapshots these, and its last step."""
     from gpt import tokenizers
     from gpt.study.attention import snapshots
+    from gpt.train.checkpoint import TRAINER, find_checkpoint
     from gpt.weights.load import load
 
     saved = load(source)
@@ -103,8 +105,13 @@ def loaded(source: str, text: str, seed: int = 1, dropout: float = 0.0) -> Subje
     if saved.config.n_outputs != saved.config.vocab_size:
         raise UserError(f"model: {source} tells classes; a report needs a model that predicts the next token")
     config = _with_dropout(saved.config, dropout)
-    found = {step: load(path).params for step, path in snapshots(Path(source)).items()} if Path(source).is_dir() else {}
-    chosen = sorted(found)[:: max(1, len(found) // SNAPSHOTS)] if size * len(found) < MOST_PARAMETERS else []
+    paths = snapshots(Path(source)) if Path(source).is_dir() else {}
+    last = find_checkpoint(source, "last") if paths else None
+    if last and (step := int(read_json_object(last / TRAINER).get("step", 0))) > max(paths):
+        paths[step] = last
+    found = {step: load(path).params for step, path in paths.items()}
+    places = np.linspace(0, len(found) - 1, min(len(found), SNAPSHOTS + 1)).round().astype(int)  # the last among them
+    chosen = [list(found)[place] for place in places] if size * len(found) < MOST_PARAMETERS else []
     models = {step: _arrays(source, found[step]) for step in chosen} or {0: _arrays(source, saved.params)}
 
     def spell(token: int) -> str:

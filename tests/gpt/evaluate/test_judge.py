@@ -398,6 +398,9 @@ def test_the_command_judges_with_a_model_of_ones_own(responses, capsys, tmp_path
     command(responses, *arguments, str(tmp_path / "out"), "--limit", "2")
     assert "of 2" in capsys.readouterr().out
     assert len(records(tmp_path / "out")) == 2
+    save_model(path, initialize(config, Generator(2), "gpt2"), config, ByteTokenizer().spec())
+    with pytest.raises(UserError, match="holds replies with weights '[0-9a-f]+', not '[0-9a-f]+'; choose another"):
+        command(responses, *arguments, str(tmp_path / "out"), "--limit", "2")
 
 
 @pytest.mark.parametrize(

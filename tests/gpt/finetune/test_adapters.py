@@ -22,7 +22,15 @@ from gpt.engine import (
     trained_names,
 )
 from gpt.errors import UserError
-from gpt.finetune.adapters import adapt, fingerprint, load_adapter, merge, save_adapter, unmerge
+from gpt.finetune.adapters import (
+    adapt,
+    fingerprint,
+    load_adapter,
+    merge,
+    model_fingerprint,
+    save_adapter,
+    unmerge,
+)
 from gpt.parity import check
 from gpt.train.checkpoint import load_checkpoint
 from gpt.train.config import TrainConfig
@@ -618,6 +626,8 @@ def test_the_fingerprint_is_what_it_says():
     assert fingerprint(params, config) == digest.hexdigest()
     adapted = config.replace(lora=ALL)
     assert fingerprint({**params, **weights(adapted)} | params, adapted) == digest.hexdigest()
+    assert model_fingerprint(params, config) == digest.hexdigest()
+    assert model_fingerprint({**weights(adapted), **params}, adapted) != digest.hexdigest()
 
 
 # ---------------------------------------------------------------- another implementation of adapters

@@ -183,6 +183,17 @@ def test_other_labels_and_the_byte_order_mark_of_windows(tmp_path):
     assert read_rows(path, labels=("good", "0", "bad")) == [(0, "fine"), (2, "poor"), (1, "worse")]
 
 
+def test_labels_that_are_numbers_are_not_taken_for_their_places(tmp_path):
+    labels = ("1", "2", "3")
+    rows = [(0, "poor"), (1, "fair"), (2, "good")]
+    path = write_csvs(tmp_path, rows, rows, rows, labels)[0]
+    assert path.read_text() == "Label,Text\n1,poor\n2,fair\n3,good\n"
+    assert read_rows(path, labels) == rows
+    path.write_text("Label,Text\n0,poor\n")
+    with pytest.raises(UserError, match="line 2: the label '0' is not one of 1, 2, 3"):
+        read_rows(path, labels)
+
+
 @given(labels=st.lists(st.integers(0, 3), min_size=2, max_size=60).filter(lambda labels: len(set(labels)) > 1))
 def test_balance_gives_every_label_the_count_of_the_rarest(labels):
     rows = [(label, f"text {i}") for i, label in enumerate(labels)]

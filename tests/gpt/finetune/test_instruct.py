@@ -20,7 +20,7 @@ from gpt.prompts import format_prompt
 from gpt.train.log import read_log
 from gpt.train.progress import Progress
 from gpt.weights.load import load
-from gpt.weights.native import read_model
+from gpt.weights.native import read_model, save_model
 from reference import PRESETS
 
 TRAIN = ("finetune", "instruct")
@@ -97,6 +97,23 @@ def test_what_is_answered_does_not_repeat_the_prompt(engine, base, instructions,
             break
     assert answered == {**entries[0], "model_response": llm.tokenizer.decode(tokens).strip()}
     assert json.loads(out.read_text()) == [answered]
+
+
+def test_answers_of_one_model_are_not_passed_off_as_another_s(base, instructions, twingrad, refused, tmp_path):
+    out, trained = tmp_path / "answers.json", tmp_path / "trained.safetensors"
+    model = read_model(base)
+    changed = {name: np.asarray(array) * 1.5 for name, array in model.params.items()}
+    save_model(trained, changed, model.config, model.tokenizer)
+    flags = ["--data", instructions, "--model", base, "--style", "plain", "--engine", "numpy", "--out", out]
+    twingrad("respond", *flags, "--max_new_tokens", "3", "--limit", "2")
+    twingrad("respond", *flags, "--max_new_tokens", "3", "--limit", "3")  # goes on
+    answers = out.read_text()
+    for other in (("--model", trained), ("--style", "phi3"), ("--max_new_tokens", "4")):
+        line = refused("respond", *flags, "--max_new_tokens", "3", *other)
+        assert re.fullmatch(r".*answers\.json: holds answers of \w+ \w+, not \w+; remove it, or choose .*--out", line)
+    assert out.read_text() == answers
+    out.with_name("answers.json.settings").unlink()  # as an earlier version left it
+    assert "holds answers of weights unknown, not" in refused("respond", *flags, "--max_new_tokens", "3")
 
 
 @pytest.mark.parametrize(

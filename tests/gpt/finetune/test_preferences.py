@@ -249,6 +249,8 @@ def test_sources_are_left_out_by_name(tmp_path):
     left = filter_sources(JsonEntries(path), ["a", "c"])
     assert [entry.get("source") for entry in left] == ["b", "b", None]
     assert left.rows.tolist() == [1, 5, 6]
+    numbered = filter_sources([{"source": 5}, {"source": "b"}], ["5"])  # as a flag says it
+    assert numbered.rows.tolist() == [1]
     with pytest.raises(UserError, match="source: 'toxic' is not one of None, a, b, c"):
         filter_sources(JsonEntries(path), ["a", "toxic"])
 

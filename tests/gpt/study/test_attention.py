@@ -116,6 +116,12 @@ def test_figures_show_every_layer_and_head():
     assert len(track.axes[0].lines) == 6
 
 
+def test_dollars_in_a_text_are_no_formula(tmp_path):
+    figures = plot_maps(np.eye(3)[None, None], ["$", r"\alph$", "$$"]), plot_track([0], np.ones((1, 1, 1)), ("$", "a$"))
+    for number, figure in enumerate(figures):
+        figure.savefig(tmp_path / f"{number}.png")
+
+
 def test_training_keeps_snapshots_from_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a short text that is read again and again. " * 20)

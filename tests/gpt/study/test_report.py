@@ -133,6 +133,24 @@ def test_a_checkpoint_is_cut_to_what_a_page_can_show_and_says_so(save):
     assert data["checked"]["different"] == []
 
 
+@pytest.mark.parametrize("snapshots", [2, 12, 24])
+def test_a_run_s_report_has_its_first_snapshot_and_ends_with_its_last_step(save, tmp_path, snapshots):
+    one = save(GPTConfig(257, 16, 12, 1, 2)).read_bytes()
+    run = tmp_path / "run"
+    for folder, step in (("best-00000001", 1), (f"last-{5 * snapshots:08}", 5 * snapshots)):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "model.safetensors").write_bytes(one)
+        (run / folder / "trainer.json").write_text(json.dumps({"step": step}))
+    for step in range(0, 5 * snapshots, 5):
+        (run / f"step-{step:08}.safetensors").write_bytes(one)
+    steps = list(loaded(str(run), "some text").snapshots)
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, 5 * snapshots)
+    assert len(steps) == min(snapshots + 1, 11)
+    (run / f"last-{5 * snapshots:08}").rename(tmp_path / "elsewhere")
+    assert max(loaded(str(run), "some text").snapshots) == 5 * (snapshots - 1)
+
+
 def test_a_text_beyond_the_context_is_refused(save):
     path = save(dataclasses.replace(PRESETS["bytes-tiny"], context_length=16))
     with pytest.raises(UserError, match=r"^text: 30 tokens, more than the model's context of 16$"):
