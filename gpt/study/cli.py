@@ -47,9 +47,12 @@ def study(config: StudyConfig) -> int:
         for name in given(config):
             if name in OF_A_MODEL:
                 raise UserError(f"{name}: of a model's page, and --layer studies one layer alone; leave one out")
+        out = "" if config.text_only else config.out or ""
+        if config.yours is not None and out:
+            raise UserError("out: your own layer is compared in the terminal alone; leave out --out or --yours")
         from gpt.study.layer import show
 
-        return show(config.layer, config.yours or "", config.seed, "" if config.text_only else config.out or "")
+        return show(config.layer, config.yours or "", config.seed, out)
     if config.yours is not None:
         raise UserError("yours: a file of your own is held against a layer, expected --layer NAME beside it")
     if config.text_only:

@@ -40,10 +40,12 @@ SIZES = {
 
 
 def problem(name: str, seed: int = 0) -> Problem:
-    """The arguments of a layer and the gradient that arrives, the same ones for a seed. UserError for another name."""
+    """The arguments of a layer and the gradient that arrives, the same for a seed. UserError for an unknown name."""
     if name not in NAMES:
         close = "" if name in ops.ROWS else did_you_mean(name, NAMES)
         raise UserError(f"layer: expected one of {', '.join(NAMES)}, got {name!r}{close}")
+    if seed < 0:
+        raise UserError(f"seed: expected at least 0, got {seed}")
     row = ops.ROWS[name]
     return row.problem(Case(SIZES.get(name) or SIZES[row.layer]), number=seed)
 

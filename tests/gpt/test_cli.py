@@ -462,9 +462,11 @@ def test_train_stopped_by_ctrl_c_exits_130_and_can_be_resumed(text, tmp_path):
         (["--text", "hello"], "text: of a model's page, and --layer studies one layer alone; leave one out"),
         (["--model", "gpt2-small"], "model: of a model's page"),
         (["--dropout", "0.1"], "dropout: of a model's page"),
+        (["--yours", "mine.py", "--out", "page.html"], "out: your own layer is compared in the terminal alone"),
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
     ],
 )
-def test_options_of_a_model_are_refused_where_one_layer_is_studied(flags, message, capsys):
+def test_options_of_no_use_are_refused_where_one_layer_is_studied(flags, message, capsys):
     assert cli.main(["study", "--layer", "layer_norm", *flags]) == 2
     assert f"error: {message}" in capsys.readouterr().err
 
