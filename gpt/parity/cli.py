@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if arguments.op and not arguments.kernel:
         raise UserError(f"--op {arguments.op} says what --kernel computes; expected --kernel FILE.py:FUNCTION too")
+    _check_lockstep(arguments)
     if arguments.kernel or "kernels" in arguments.ops:
         interpret_without_gpu()
     if arguments.kernel:
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> int:
         dtypes = arguments.dtype.split(",") if arguments.dtype else ["float64", "float32"]
         if wrong := set(dtypes) - {"float64", "float32"}:
             raise UserError(f"dtype: models train in float64 and float32, not in {', '.join(sorted(wrong))}")
-        report = check.run(arguments.ops, arguments.steps, dtypes, _progress(arguments.json))
+        steps = 100 if arguments.steps is None else arguments.steps
+        report = check.run(arguments.ops, steps, dtypes, _progress(arguments.json))
         text = check.render(report)
     _clear_progress(arguments.json)
     if arguments.json or not sys.stdout.isatty():
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="twingrad check", description=DESCRIPTION)
     parser.add_argument("ops", metavar="OP", nargs="*", help="operators, layers, model, kernels [everything]")
-    parser.add_argument("--steps", type=_steps, default=100, help="training steps of the models in lockstep [100]")
+    parser.add_argument("--steps", type=_steps, help="training steps of the models in lockstep [100]")
     parser.add_argument(
         "--dtype", type=_dtypes, metavar="TYPE,...", help="of models in lockstep, or of a kernel's tensors"
     )
@@ -82,6 +84,15 @@ def _kernel(arguments: argparse.Namespace) -> tuple[str, str]:
     if not arguments.op or arguments.ops or arguments.defects:
         raise UserError("--kernel FILE.py:FUNCTION wants --op OP, and no other operators")
     return arguments.kernel, arguments.op
+
+
+def _check_lockstep(arguments: argparse.Namespace) -> None:
+    """UserError for what is said of models in lockstep where none are trained."""
+    ops = arguments.ops
+    trains = not (arguments.kernel or arguments.defects or "kernels" in ops) and ("model" in ops or not ops)
+    for name in ("steps",) if arguments.kernel else ("steps", "dtype"):
+        if getattr(arguments, name) is not None and not trains:
+            raise UserError(f"--{name}: of models in lockstep, and none are asked for: expected the operator model")
 
 
 def interpret_without_gpu() -> None:
