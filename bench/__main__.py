@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bench import results
+from gpt.data.files import check_can_write
 from gpt.errors import INTERRUPTED, UserError, require
 from gpt.parity.cli import interpret_without_gpu
 
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if getattr(arguments, "out", None) is not None:
-            results.check_can_write(arguments.out)  # before it is measured, not after
+            check_can_write(arguments.out)  # before it is measured, not after
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

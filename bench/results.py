@@ -70,15 +70,6 @@ def write(path: Path, kind: str, cases: Any, **more: Any) -> None:
         file.write(as_json(document).encode())
 
 
-def check_can_write(path: Path) -> None:
-    """UserError where `write` could not write this file: what has been measured would be lost."""
-    if not path.name or path.is_dir():
-        raise UserError(f"--out: expected the name of a file, got {str(path)!r}")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--out: {path} cannot be written, for {folder} is no folder that can be written to")
-
-
 def as_json(document: Any) -> str:
     """With a line for each entry, but one for a whole list of numbers."""
 

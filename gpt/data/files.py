@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_write", "locked", "replace"]
+__all__ = ["atomic_write", "check_can_write", "locked", "replace"]
 
 
 @contextlib.contextmanager
@@ -40,6 +40,15 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_can_write(path: Path) -> None:
+    """UserError where `atomic_write` could not write this file: what is computed for it would be lost."""
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UserError(f"out: expected the name of a file, got {str(path)!r}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"out: {path} cannot be written, for {folder} is no folder that can be written to")
 
 
 def replace(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gpt.data.files import check_can_write
 from gpt.errors import UserError
 from gpt.options import did_you_mean, parse_config, run_command, to_dict
 
@@ -138,10 +139,11 @@ def choices(argv: list[str]) -> None:
     if not folder.is_dir() and config.data == ChoicesConfig.data:
         raise UserError(f"data: there is no folder {folder}; MMLU's is in {MMLU}: unpack it, and name it with --data")
     tasks = choose_tasks(folder, config.tasks)
+    out = Path(config.out)
+    check_can_write(out / "results.json")  # before the model is loaded, not after
     llm = LLM.load(config.model, config.engine)
     settings = (config.mode, config.num_fewshot, config.split, config.limit, config.batch_size)
     results = evaluate_choices(llm, tasks, *settings, create_progress("tokens"))
-    out = Path(config.out)
     write_results(out / "results.json", results, to_dict(config))
     written = save_plot(plot_accuracy(results, f"{config.tasks}, {config.num_fewshot} examples"), out / "accuracy")
     rows = {**results.subjects, "overall": results.overall}
@@ -190,10 +192,11 @@ def harness(argv: list[str]) -> None:
     folder = Path(config.include_path) if config.include_path else None
     if folder and not folder.is_dir():
         raise UserError(f"include_path: {folder} is not a folder")
+    out = Path(config.out) / "harness.json"
+    check_can_write(out)
     llm = LLM.load(config.model, config.engine)
     settings = (config.num_fewshot, config.limit, config.batch_size)
     results = evaluate_harness(llm, names, folder, *settings, create_progress("tokens"))
-    out = Path(config.out) / "harness.json"
     write_harness(out, results, to_dict(config))
     for task, figures in results["results"].items():
         for name, value in figures.items():

@@ -60,8 +60,8 @@ class Classify(Task):
         collate = partial(data.collate, pad_id=pad, max_length=self.length, position=config.position)
         size, shuffle, drop = config.loader.batch_size, config.loader.shuffle, config.loader.drop_last
         self.train_loader = ExampleLoader(train, collate, size, shuffle, drop, generator, fingerprint(path))
-        self.validation_loader, self.test_loader = (
-            ExampleLoader(part, collate, size, False, False, generator) for part in others
+        self.whole_train_loader, self.validation_loader, self.test_loader = (
+            ExampleLoader(part, collate, size, False, False, generator) for part in (train, *others)
         )
         sizes = "/".join(str(len(part)) for part in self.rows)
         self.data = (
@@ -93,7 +93,7 @@ class Classify(Task):
     def finish(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         """Accuracies on all texts of each part, the parts as CSV files, and some test texts with their labels."""
         data.write_csvs(self.config.out, *self.rows, labels=self.config.labels)
-        loaders = {"train": self.train_loader, "validation": self.validation_loader, "test": self.test_loader}
+        loaders = {"train": self.whole_train_loader, "validation": self.validation_loader, "test": self.test_loader}
         results: dict[str, Any] = {}
         for name, loader in loaders.items():
             progress.line(f"Measuring on all {name} texts ...")

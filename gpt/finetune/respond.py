@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt.data.examples import Entries, JsonEntries, where
+from gpt.data.files import check_can_write
 from gpt.errors import UserError
 from gpt.evaluate import progress as shown
 from gpt.finetune.adapters import model_fingerprint
@@ -139,6 +140,7 @@ class RespondConfig:
 def run(config: RespondConfig) -> None:
     """Answer, and print the first answers."""
     entries: Entries = JsonEntries(data_file(config.data))[: config.limit]
+    check_can_write(Path(config.out))  # before the model is loaded, not after
     llm = LLM.load(config.model, config.engine, adapter=config.adapter)
     if config.style != "auto":
         llm.style = config.style

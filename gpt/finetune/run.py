@@ -85,6 +85,17 @@ class Task(ABC):
 MakeTask = Callable[[Any, Tokenizer, GPTConfig, Generator], Task]
 
 
+class _Trainer(Trainer):
+    """Removes the finished model when training goes on beyond it, for it is loaded before any checkpoint."""
+
+    finished: Path
+
+    def run(self) -> Result:
+        if self.step < self.total_steps:
+            world.first(lambda: self.finished.unlink(missing_ok=True))
+        return super().run()
+
+
 def finetune(
     config: FinetuneConfig,
     make_task: MakeTask,
@@ -166,7 +177,7 @@ def _make_trainer(config: FinetuneConfig, begun: Begun, progress: Progress | Non
     base: Mapping[str, Tensor] = saved.params if saved else initialize(model, generator, config.init)
     params, _ = adapt(base, model, generator, **config.changes())
     optimizer = dataclasses.replace(config.optimizer, trained=patterns)
-    trainer = Trainer(
+    trainer = _Trainer(
         make_engine(config, adapted, params, optimizer),
         task.settings(config.train),
         task.train_loader,
@@ -181,6 +192,7 @@ def _make_trainer(config: FinetuneConfig, begun: Begun, progress: Progress | Non
         sample=task.sample,
         progress=progress,
     )
+    trainer.finished = _finished(config, task)
     return trainer, task
 
 
@@ -191,8 +203,12 @@ def _save(out: Path, config: FinetuneConfig, trainer: Trainer, engine: Engine, t
     if model.lora:
         save_adapter(out / ADAPTER, params, model)
         params, model = merge(params, model)
-    name = task.file_name(config.weights or config.preset)
-    save_model(out / f"{name}.safetensors", params, model, trainer.tokenizer, task.spec)
+    save_model(_finished(config, task), params, model, trainer.tokenizer, task.spec)
+
+
+def _finished(config: FinetuneConfig, task: Task) -> Path:
+    """The finished model's file."""
+    return Path(config.out, f"{task.file_name(config.weights or config.preset)}.safetensors")
 
 
 def _tokenizer(config: FinetuneConfig, saved: SavedModel | None) -> Tokenizer:

@@ -40,7 +40,7 @@ SIZES = {
 
 
 def problem(name: str, seed: int = 0) -> Problem:
-    """The arguments of a layer and the gradient that arrives, the same ones for a seed. UserError for other names."""
+    """The arguments of a layer and the gradient that arrives, the same for a seed. UserError for an unknown name."""
     if name not in NAMES:
         close = "" if name in ops.ROWS else did_you_mean(name, NAMES)
         raise UserError(f"layer: expected one of {', '.join(NAMES)}, got {name!r}{close}")

@@ -261,7 +261,7 @@ def test_what_could_not_be_written_is_not_measured(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(bench.COMMANDS, "layers", lambda _: pytest.fail("it was measured"))
     assert bench.main(["layers", "--out", out.format(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --out: ")
+    assert error.startswith("error: out: ")
     assert error.count("\n") == 1
 
 

@@ -137,6 +137,7 @@ def test_perplexity_of_a_file(folder, model, stride, capsys):
         (["perplexity", "MODEL", "--data", "none.txt"], "neither a file nor"),
         (["perplexity", "MODEL", "--data", "empty.txt"], "empty.txt: expected a text, got an empty file"),
         (["perplexity", "MODEL", "--data", "some.txt", "--stride", "999"], "stride: expected from 1 to"),
+        (["none", "--tasks", "mmlu", "--out", "empty.txt"], "out: empty.txt/results.json cannot be written"),  # first
         (["harness", "MODEL"], "tasks: expected the name of a task of lm_eval, got none"),
     ],
 )

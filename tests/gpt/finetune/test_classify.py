@@ -85,6 +85,17 @@ def test_texts_that_a_word_tells_apart_are_all_told_apart(engine, labelled, smal
     assert re.fullmatch(r"(ham|spam) \(\d+\.\d%\): WIN a door\n", alone)
 
 
+def test_the_accuracy_of_all_training_texts_is_of_all(config):
+    config.loader = ExamplesConfig(batch_size=5)  # of 84 texts, in training 4 are left over
+    trainer, task = build(config, Classify, Progress())
+    trainer.run()
+    results = task.finish(trainer.engine, Progress())
+    found = Classifier(trainer.engine, task.tokenizer, task.spec).classify([text for _, text in task.rows[0]])
+    right = sum(config.labels[label] == name for (label, _), name in zip(task.rows[0], found, strict=True))
+    assert len(found) == 84
+    assert results["train_accuracy"] == pytest.approx(right / 84, abs=1e-12)
+
+
 def test_a_saved_classifier_says_the_same_again(config, engine):
     trainer, task = build(config, Classify, Progress())
     trainer.run()

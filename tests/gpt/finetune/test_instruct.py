@@ -116,6 +116,11 @@ def test_answers_of_one_model_are_not_passed_off_as_another_s(base, instructions
     assert "holds answers of weights unknown, not" in refused("respond", *flags, "--max_new_tokens", "3")
 
 
+def test_where_answers_cannot_be_written_is_said_before_the_model_is_loaded(instructions, refused, tmp_path):
+    for out, message in ((tmp_path, "expected the name of a file"), (instructions / "a.json", "cannot be written")):
+        assert message in refused("respond", "--data", instructions, "--model", tmp_path / "none", "--out", out)
+
+
 @pytest.mark.parametrize(
     "weights, name",
     [

@@ -16,6 +16,7 @@ from gpt import parts, tokenizers
 from gpt.cli import main
 from gpt.errors import UserError
 from gpt.finetune import run
+from gpt.finetune.classify import Classify
 from gpt.finetune.config import ClassifyConfig, ExamplesConfig, InstructConfig, LoRAConfig, PreferConfig
 from gpt.finetune.instruct import Instruct
 from gpt.finetune.prefer import Prefer
@@ -132,6 +133,20 @@ def test_a_finished_run_may_go_on_and_ends_as_if_it_had_never_ended(task, flags,
         np.testing.assert_array_equal(array, load(other).params[name], err_msg=name)
 
 
+def test_a_model_that_was_finished_is_not_loaded_for_what_is_learnt_since(
+    task, flags, twingrad, tmp_path, interrupted_after
+):
+    twingrad(*flags, "--steps", "3", "--out", tmp_path / "run")
+    (finished,) = (tmp_path / "run").glob("*.safetensors")
+    config = from_dict(TASKS[task], read_yaml(tmp_path / "run" / "config.yaml"))
+    config = replace(config, resume=True, train=replace(config.train, steps=6))
+    make_task = {"classify": Classify, "instruct": Instruct, "prefer": Prefer}[task]
+    assert run.finetune(config, make_task, "twingrad", interrupted_after(4)).interrupted
+    assert not finished.exists()
+    run.finetune(config, make_task, "twingrad", Progress())
+    assert finished.exists()
+
+
 def test_data_that_changed_are_not_gone_on_with(flags, refused, twingrad, tmp_path):
     words = list(map(str, flags))
     place = words.index("--data") + 1
@@ -143,6 +158,7 @@ def test_data_that_changed_are_not_gone_on_with(flags, refused, twingrad, tmp_pa
     at = changed.rindex(b"e")
     data.write_bytes(changed[:at] + b"a" + changed[at + 1 :])
     line = refused(*words, "--steps", "3", "--out", tmp_path / "run", "--resume")
+    assert list((tmp_path / "run").glob("*.safetensors"))  # the finished model, which nothing was learnt beyond
     found = re.search(
         r"the data has changed .* it was (.*) with checksum (\w+), and is (.*) with checksum (\w+)$", line
     )
