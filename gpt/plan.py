@@ -513,8 +513,9 @@ def memory(s: Setup) -> Memory:
     listed = {"forward": everything + copies, "loss": everything + copies_later}
     beside = {"forward": loss.forward, "loss": loss.backward}
     if s.engine == "numpy":
-        addends = sets * (s.accumulation > 1) if s.apart else s.accumulation * s.parts > 1
-        addend = _largest(s) * addends  # a weight's gradient, before it is added
+        # A weight's gradient, before it is added; of threads each has one at the same time.
+        addends = sets * (s.accumulation > 1) if s.apart else max(s.parts - 1, s.accumulation > 1)
+        addend = _largest(s) * addends
         listed["blocks"] = lasting + kept_in_blocks
         beside["blocks"] = loss.head + recomputed + _block_backward(s, last) + addend
         listed["optimizer"] = lasting

@@ -368,6 +368,7 @@ def train(config, rows, steps):
     return engine
 
 parts.MOST_APART = int(sys.argv[2])
+parts.threads = lambda: int(sys.argv[3])
 config = GPTConfig(8_192, 256, 512, 8, 8, qkv_bias=True, tie_embeddings=True)
 setup = plan.Setup(config, 2, 256, sys.argv[1], cores=parts.threads())
 least, parts.LEAST_APART = parts.LEAST_APART, 1
@@ -385,14 +386,15 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
 @pytest.mark.parametrize(
-    "engine, apart, allocator", [("numpy", 0, {}), ("numpy", parts.MOST_APART, {}), ("torch", 0, AT_ONCE)]
+    "engine, apart, cores, allocator",
+    [("numpy", 0, 2, {}), ("numpy", 0, 6, {}), ("numpy", parts.MOST_APART, 2, {}), ("torch", 0, 2, AT_ONCE)],
 )
-def test_a_process_takes_what_was_planned(engine, apart, allocator):
+def test_a_process_takes_what_was_planned(engine, apart, cores, allocator):
     """As the system sees it: of NumPy with the holes between arrays, of PyTorch where what is freed goes at once."""
     if engine == "torch":
         pytest.importorskip("torch")
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2", **allocator}
-    command = [sys.executable, "-c", TRAINS, engine, str(apart)]
+    command = [sys.executable, "-c", TRAINS, engine, str(apart), str(cores)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(cores), **allocator}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     planned, measured = map(int, done.stdout.split())
