@@ -19,6 +19,7 @@ os.environ.pop("TWINGRAD_TRACEBACK", None)  # a developer's: what is tested is t
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests stop with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
 
 
 @pytest.fixture(autouse=True)

@@ -133,9 +133,17 @@ def carry_out(config: Any, trainer: Trainer, data: str) -> Result:
 
     `config`: a ModelConfig with `train`. `data`: what it learns from, in words.
     """
+    out, progress = Path(config.out), trainer.progress
+    progress.line(_describe(config, trainer, data))
+    if config.resume and checkpoint.find_checkpoint(out, "last"):
+        world.together(trainer.resume)
+        progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
+    run = {"model": trainer.engine.config.to_dict(), "data": data, "steps done": trainer.step}
+    world.same_on_all(run | {"content": trainer.train_loader.state().get("data")}, "run")
+    _same_weights(trainer.engine)
     lock = world.first(lambda: _own_folder(config))
     try:
-        return _carry_out(config, trainer, data)
+        return _run(config, trainer)
     finally:
         if lock is not None:
             os.close(lock)
@@ -152,15 +160,8 @@ def _own_folder(config: Any) -> int:
     return lock
 
 
-def _carry_out(config: Any, trainer: Trainer, data: str) -> Result:
-    out, progress = Path(config.out), trainer.progress
-    progress.line(_describe(config, trainer, data))
-    if config.resume and checkpoint.find_checkpoint(out, "last"):
-        world.together(trainer.resume)
-        progress.line(f"Goes on after step {trainer.step} of {trainer.total_steps}")
-    run = {"model": trainer.engine.config.to_dict(), "data": data, "steps done": trainer.step}
-    world.same_on_all(run | {"content": trainer.train_loader.state().get("data")}, "run")
-    _same_weights(trainer.engine)
+def _run(config: Any, trainer: Trainer) -> Result:
+    out = Path(config.out)
     trainer.tracker = world.first(lambda: create_trackers(config.log_to, out, to_dict(config)))
     try:
         world.first(lambda: _write_config(config, out / CONFIG))
